@@ -1,0 +1,125 @@
+"""The schedules: a stage's actions as a generator, decided by counting, never by timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from .actions import Action, Kind
+
+IsDrain = Callable[[int], bool]
+"""Whether the pipeline runs empty at this update (from 1)."""
+
+SENDS_IN_FLIGHT = 2
+"""Sends a stage keeps in each direction before it waits for the oldest, which the order of actions has delivered by
+then: before stage s sends activation m it has finished the backward of m-(N-s), and that gradient left stage s+1 after
+the forward of m-2. Likewise for gradients. So the wait is there to free memory and never stops a stage."""
+
+
+def never(update: int) -> bool:
+    """No drain, ever."""
+    return False
+
+
+def paci(
+    stage_index: int,
+    num_stages: int,
+    microbatches_per_update: int,
+    is_drain: IsDrain = never,
+    extra_in_flight: int = 0,
+) -> Iterator[Action]:
+    """PACI's actions at one stage, without end (paper, section 3).
+
+    The stage forwards while fewer than ``num_stages - stage_index + extra_in_flight`` micro-batches are in flight and
+    the next one does not lie beyond a drain; otherwise it does a backward, and an update after every
+    ``microbatches_per_update`` of them. ``is_drain`` is asked only when the plan reaches the micro-batch in question.
+    """
+    in_flight_cap = max_in_flight(stage_index, num_stages, extra_in_flight)
+    forwards = backwards = 0
+    while True:
+        updates_needed = forwards // microbatches_per_update
+        updates_done = backwards // microbatches_per_update
+        beyond_drain = any(is_drain(update) for update in range(updates_done + 1, updates_needed + 1))
+        if forwards - backwards < in_flight_cap and not beyond_drain:
+            yield Action(Kind.FORWARD, forwards)
+            forwards += 1
+        else:
+            yield Action(Kind.BACKWARD, backwards)
+            backwards += 1
+            if backwards % microbatches_per_update == 0:
+                yield Action(Kind.UPDATE, backwards // microbatches_per_update)
+
+
+def one_f_one_b_flush(stage_index: int, num_stages: int, microbatches_per_update: int) -> Iterator[Action]:
+    """1F1B with a flush before every update, without end: warmup, one forward one backward, cooldown.
+
+    The order of Megatron's ``forward_backward_pipelining_without_interleaving``.
+    """
+    a = microbatches_per_update
+    warmup = min(num_stages - stage_index - 1, a)
+    update = 0
+    while True:
+        first = update * a
+        for i in range(warmup):
+            yield Action(Kind.FORWARD, first + i)
+        for i in range(a - warmup):
+            yield Action(Kind.FORWARD, first + warmup + i)
+            yield Action(Kind.BACKWARD, first + i)
+        for i in range(a - warmup, a):
+            yield Action(Kind.BACKWARD, first + i)
+        update += 1
+        yield Action(Kind.UPDATE, update)
+
+
+def with_transfers(
+    actions: Iterable[Action],
+    stage_index: int,
+    num_stages: int,
+    microbatches_per_update: int,
+    is_drain: IsDrain = never,
+) -> Iterator[Action]:
+    """``actions`` with the transfers between neighbours.
+
+    A receive action posts the receive; the forward or backward of that micro-batch waits for it. Each receive stands
+    one micro-batch ahead, so the transfer overlaps the stage's compute, except across a drain, where nothing may be
+    pending.
+    """
+    first, last = stage_index == 0, stage_index == num_stages - 1
+    posted = {Kind.RECV_FORWARD: 0, Kind.RECV_BACKWARD: 0}
+
+    def receives(kind: Kind, microbatch: int) -> Iterator[Action]:
+        ahead = microbatch + 1
+        at_drain = ahead % microbatches_per_update == 0 and is_drain(ahead // microbatches_per_update)
+        while posted[kind] <= (microbatch if at_drain else ahead):
+            yield Action(kind, posted[kind])
+            posted[kind] += 1
+
+    for action in actions:
+        if action.kind is Kind.FORWARD and not first:
+            yield from receives(Kind.RECV_FORWARD, action.index)
+        elif action.kind is Kind.BACKWARD and not last:
+            yield from receives(Kind.RECV_BACKWARD, action.index)
+        yield action
+        if action.kind is Kind.FORWARD and not last:
+            yield Action(Kind.SEND_FORWARD, action.index)
+        elif action.kind is Kind.BACKWARD and not first:
+            yield Action(Kind.SEND_BACKWARD, action.index)
+
+
+def max_in_flight(stage_index: int, num_stages: int, extra_in_flight: int = 0) -> int:
+    """The most micro-batches forwarded and not yet backwarded at a stage (paper, section 3)."""
+    return num_stages - stage_index + extra_in_flight
+
+
+def max_drift(stage_index: int, num_stages: int, microbatches_per_update: int, extra_in_flight: int = 0) -> int:
+    """The bound on backward_version - forward_version at a stage, in updates: ceil((N-1-s+extra)/a)."""
+    return -(-(num_stages - 1 - stage_index + extra_in_flight) // microbatches_per_update)
+
+
+def speedup_limit(num_stages: int, microbatches_per_update: int) -> float:
+    """The most PACI can gain over 1F1B-flush with the same micro-batch count: (a+N-1)/a."""
+    return (microbatches_per_update + num_stages - 1) / microbatches_per_update
+
+
+def flush_bubble_fraction(num_stages: int, microbatches_per_update: int) -> float:
+    """The share of the time a stage idles under 1F1B-flush, in [0, 1]: (N-1)/(a+N-1)."""
+    return (num_stages - 1) / (microbatches_per_update + num_stages - 1)

@@ -1,0 +1,149 @@
+"""Plans: the rules of the schedule, exact golden text, and the validator's own eyes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import pytest
+
+from paci_megatron.plan import (
+    Action,
+    Kind,
+    PlanError,
+    format_actions,
+    one_f_one_b_flush,
+    paci,
+    parse_actions,
+    validate,
+    with_transfers,
+)
+from paci_megatron.plan.schedules import IsDrain, flush_bubble_fraction, max_drift, never, speedup_limit
+from paci_megatron.plan.simulate import Costs, simulate
+
+SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
+
+
+def up_to(actions: Iterable[Action], update: int) -> list[Action]:
+    taken = []
+    for action in actions:
+        taken.append(action)
+        if action == Action(Kind.UPDATE, update):
+            return taken
+    raise AssertionError("no such update")
+
+
+def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, extra: int = 0) -> list[list[Action]]:
+    return [
+        up_to(with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain), updates)
+        for s in range(num_stages)
+    ]
+
+
+def test_golden_plan_of_four_stages_two_microbatches_per_update() -> None:
+    compute = [format_actions(up_to(paci(s, 4, 2, lambda k: k == 3), 3)) for s in range(4)]
+    assert compute == [
+        "F0 F1 F2 F3 B0 F4 B1 U1 F5 B2 B3 U2 B4 B5 U3",
+        "F0 F1 F2 B0 F3 B1 U1 F4 B2 F5 B3 U2 B4 B5 U3",
+        "F0 F1 B0 F2 B1 U1 F3 B2 F4 B3 U2 F5 B4 B5 U3",
+        "F0 B0 F1 B1 U1 F2 B2 F3 B3 U2 F4 B4 F5 B5 U3",
+    ]
+
+
+def test_golden_transfers_of_a_middle_stage() -> None:
+    actions = with_transfers(paci(1, 3, 2, lambda k: k == 2), 1, 3, 2, lambda k: k == 2)
+    assert format_actions(up_to(actions, 2)) == (
+        "RF0 RF1 F0 SF0 RF2 F1 SF1 RB0 RB1 B0 SB0 RF3 F2 SF2 RB2 B1 SB1 U1 F3 SF3 RB3 B2 SB2 B3 SB3 U2"
+    )
+
+
+@pytest.mark.parametrize(("num_stages", "a"), SIZES)
+@pytest.mark.parametrize("extra", [0, 1, 3])
+@pytest.mark.parametrize("drains", [(6,), (1, 2, 3, 4, 5, 6), (2, 6), (3, 4, 6)])
+def test_plans_keep_every_rule(num_stages: int, a: int, extra: int, drains: tuple[int, ...]) -> None:
+    validate(plans(num_stages, a, 6, lambda k: k in drains, extra), a, extra, drains)
+
+
+@pytest.mark.parametrize(("num_stages", "a"), SIZES)
+def test_a_drain_at_every_update_is_1f1b_flush(num_stages: int, a: int) -> None:
+    for stage in range(num_stages):
+        flush = up_to(one_f_one_b_flush(stage, num_stages, a), 3)
+        assert up_to(paci(stage, num_stages, a, lambda k: True), 3) == flush
+
+
+@pytest.mark.parametrize(("num_stages", "a"), SIZES)
+def test_drift_reaches_its_bound_and_averages_to_n_minus_1_minus_s_over_a(num_stages: int, a: int) -> None:
+    for stage in range(num_stages):
+        versions, drifts, updates = {}, [], 0
+        for action in up_to(paci(stage, num_stages, a), 60):
+            if action.kind is Kind.FORWARD:
+                versions[action.index] = updates
+            elif action.kind is Kind.BACKWARD:
+                drifts.append(updates - versions.pop(action.index))
+            else:
+                updates += 1
+        steady = drifts[20 * a :]
+        assert max(drifts) == max_drift(stage, num_stages, a) == math.ceil((num_stages - 1 - stage) / a)
+        assert sum(steady) * a == (num_stages - 1 - stage) * len(steady)
+
+
+@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 2), (8, 4), (8, 8), (8, 16), (16, 7)])
+def test_simulated_throughput_and_bubble_are_the_formulas(num_stages: int, a: int) -> None:
+    costs = Costs(forward=1.0, backward=2.0)
+    one_update = a * 3.0
+    flush = simulate([up_to(one_f_one_b_flush(s, num_stages, a), 5) for s in range(num_stages)], costs)
+    assert flush.duration() == pytest.approx(5 * (one_update + (num_stages - 1) * 3.0))
+    assert flush.bubble_fraction(0) == pytest.approx(flush_bubble_fraction(num_stages, a))
+    endless = simulate([up_to(paci(s, num_stages, a, lambda k: k == 50), 50) for s in range(num_stages)], costs)
+    assert endless.duration() == pytest.approx(50 * one_update + (num_stages - 1) * 3.0), (
+        "one fill and drain, no bubble else"
+    )
+    assert (flush.duration() / 5) / one_update == pytest.approx(speedup_limit(num_stages, a))
+
+
+def test_text_form_parses_back() -> None:
+    actions = up_to(with_transfers(paci(1, 3, 2), 1, 3, 2), 4)
+    assert parse_actions(format_actions(actions)) == actions
+    with pytest.raises(ValueError, match=r"'X3' is no action.*like F3"):
+        Action.parse("X3")
+
+
+def broken(old: str, new: str, stage: int = 0) -> list[list[Action]]:
+    """Two stages, two micro-batches per update, drained at update 2, with a mistake in one stage."""
+    right = [format_actions(plan) for plan in plans(2, 2, 2, lambda k: k == 2)]
+    assert old in right[stage]
+    right[stage] = right[stage].replace(old, new)
+    return [parse_actions(text) for text in right]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stage", "message"),
+    [
+        ("F1 SF1 RB0", "F1 SF1 F2 SF2 RB0", 0, r"stage 0, action F2: 3 micro-batches in flight, at most 2"),
+        (" B0 ", " B1 ", 0, r"stage 0, action B1: out of order, B0 is next"),
+        (" B1 U1", " U1 B1", 0, r"stage 0, action U1: after 1 backwards"),
+        (" RB0 ", " ", 0, r"stage 0, action RB1: out of order, RB0 is next"),
+        ("RF0 RF1 F0", "F0 RF0 RF1", 1, r"stage 1, action F0: its activation was never received"),
+        (" SB0 ", " ", 1, r"stage 1, action SB1: out of order, SB0 is next"),
+        (" SF1 ", " ", 0, r"stage 0, action SF2: out of order, SF1 is next"),
+    ],
+)
+def test_validator_refuses_a_broken_plan_and_shows_it(old: str, new: str, stage: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        validate(broken(old, new, stage), 2, drains=(2,))
+    assert "stage  0: F0" in str(caught.value), "the grid is shown"
+
+
+def test_validator_finds_a_deadlock() -> None:
+    mutual = [
+        parse_actions("F0 SF0 RB0 B0 U1"),
+        parse_actions("RF0 RF1 F0 B0 SB0 U1 F1 B1 SB1 U2"),
+    ]
+    with pytest.raises(PlanError, match="deadlock: stage 1 at F1 wait for ever"):
+        validate(mutual, 1)
+
+
+def test_validator_finds_what_is_left_at_a_drain() -> None:
+    with pytest.raises(PlanError, match=r"stage 0, action U1: not drained, micro-batches reached: \[2, 3\]"):
+        validate(plans(2, 2, 2), 2, drains=(1,))
