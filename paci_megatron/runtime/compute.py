@@ -1,0 +1,86 @@
+"""A stage's forward and backward, by Megatron's own ``forward_step`` and ``backward_step``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
+
+from .state import InFlight
+
+
+class StageCompute:
+    """Runs one micro-batch through this stage's model part.
+
+    ``forward_step_func`` and ``data_iterator`` are Megatron's, set before each run; ``losses`` collects what the last
+    stage's loss function reports, one entry a micro-batch, in order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        *,
+        microbatches_per_update: int,
+        in_flight_cap: int,
+        is_last_stage: bool,
+        context_parallel_size: int,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.forward_step_func: Callable[..., Any] | None = None
+        self.data_iterator: Iterator[Any] | None = None
+        self.losses: list[Any] = []
+        self._microbatches_per_update = microbatches_per_update
+        self._in_flight_cap = in_flight_cap
+        self._is_last_stage = is_last_stage
+        self._context_parallel_size = context_parallel_size
+
+    def forward(self, microbatch: int, input_tensor: torch.Tensor | None) -> torch.Tensor:
+        """The stage's output for ``microbatch``: an activation to send, or on the last stage the scaled loss."""
+        position = microbatch % self._microbatches_per_update
+        output_tensor, _ = forward_step(
+            self.forward_step_func,
+            self.data_iterator,
+            self.model,
+            self._microbatches_per_update,
+            input_tensor,
+            self.losses,
+            self.config,
+            cp_group_size=self._context_parallel_size,
+            checkpoint_activations_microbatch=self._checkpoints_activations(microbatch),
+            # First of its window: its backward is the first to write the window's gradients.
+            is_first_microbatch=position == 0,
+            current_microbatch=position,
+            is_last_stage=self._is_last_stage,
+        )
+        return output_tensor
+
+    def release_output(self, output_tensor: torch.Tensor) -> None:
+        """Free the data of an output that has been handed to the link; its graph stays for the backward."""
+        deallocate_output_tensor(output_tensor, self.config.deallocate_pipeline_outputs)
+
+    def backward(self, entry: InFlight, output_gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Accumulate ``entry``'s gradients; returns that of its input, None on the first stage.
+
+        Data-parallel gradient reduction may overlap only the last backward of a window, the one that completes the
+        sums.
+        """
+        completes_window = (entry.microbatch + 1) % self._microbatches_per_update == 0
+        overlaps = self.config.no_sync_func is not None
+        with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
+            return backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
+
+    def take_losses(self) -> list[Any]:
+        """The reports of the oldest window, removed; empty on stages without a loss."""
+        taken = self.losses[: self._microbatches_per_update]
+        del self.losses[: self._microbatches_per_update]
+        return taken
+
+    def _checkpoints_activations(self, microbatch: int) -> bool | None:
+        """Whether to recompute all layers of this micro-batch; None to follow the configuration."""
+        partial = self.config.num_microbatches_with_partial_activation_checkpoints
+        return None if partial is None else microbatch % self._in_flight_cap >= partial

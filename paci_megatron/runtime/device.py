@@ -1,0 +1,46 @@
+"""The one place outside ``host/`` that touches ``torch.cuda``: timing what a device waits for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Sums the seconds between pairs of :meth:`start` and :meth:`stop` as the stage's device sees them.
+
+    On a GPU the host runs ahead, so pairs of CUDA events in the current stream are kept and read only by
+    :meth:`take_s`; on a CPU the monotonic clock is enough.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._started = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin a wait."""
+        if self._on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self._events.append((begin, end))
+        else:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the wait that :meth:`start` began."""
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def take_s(self) -> float:
+        """The seconds summed since the last call, which starts again from zero. Synchronises with a GPU."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        taken, self._seconds = self._seconds, 0.0
+        return taken

@@ -1,0 +1,103 @@
+"""N stages in one process: links that hand tensors over, and a turn for each stage until all have done their update."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from paci_megatron.plan import Action, Kind
+
+from .update import UpdateResult
+
+
+class InProcessLink:
+    """A stage's end of the transfers to neighbours in the same process; a :class:`~.links.StageLink`."""
+
+    def __init__(self) -> None:
+        self._previous: InProcessLink | None = None
+        self._following: InProcessLink | None = None
+        self._activations: deque[tuple[int, torch.Tensor]] = deque()
+        self._gradients: deque[tuple[int, torch.Tensor]] = deque()
+
+    def has_input(self, action: Action) -> bool:
+        """Whether the neighbour has sent what ``action`` needs."""
+        if action.kind is Kind.FORWARD:
+            return self._previous is None or bool(self._activations)
+        if action.kind is Kind.BACKWARD:
+            return self._following is None or bool(self._gradients)
+        return True
+
+    def post_receive_forward(self, microbatch: int) -> None:
+        """Nothing to get ready."""
+
+    def receive_forward(self, microbatch: int) -> torch.Tensor | None:
+        """The activation sent earliest; None on the first stage."""
+        return None if self._previous is None else _take(self._activations, microbatch)
+
+    def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
+        """Hand ``activation`` to the next stage, as a leaf of its own graph."""
+        assert self._following is not None
+        self._following._activations.append((microbatch, activation.detach().requires_grad_()))
+
+    def post_receive_backward(self, microbatch: int) -> None:
+        """Nothing to get ready."""
+
+    def receive_backward(self, microbatch: int) -> torch.Tensor | None:
+        """The gradient sent earliest; None on the last stage."""
+        return None if self._following is None else _take(self._gradients, microbatch)
+
+    def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
+        """Hand ``gradient`` to the previous stage."""
+        assert self._previous is not None
+        self._previous._gradients.append((microbatch, gradient.detach()))
+
+    def drain(self) -> None:
+        """``RuntimeError`` if something was sent here and never used."""
+        left = [microbatch for queue in (self._activations, self._gradients) for microbatch, _ in queue]
+        if left:
+            raise RuntimeError(f"micro-batches {left} under way at a drain: a bug in the plan")
+
+
+def _take(queue: deque[tuple[int, torch.Tensor]], microbatch: int) -> torch.Tensor:
+    sent, tensor = queue.popleft()
+    if sent != microbatch:
+        raise RuntimeError(f"micro-batch {microbatch} awaited, {sent} was sent: a bug in the plan")
+    return tensor
+
+
+def in_process_links(num_stages: int) -> list[InProcessLink]:
+    """The links of a pipeline in one process, first stage to last."""
+    links = [InProcessLink() for _ in range(num_stages)]
+    for before, after in pairwise(links):
+        before._following, after._previous = after, before
+    return links
+
+
+class EmulatedStage(Protocol):
+    """What :func:`run_stages_to_update` needs of a stage."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Everything the stage does happens inside: its random numbers, its place in the pipeline."""
+
+    def run_to_update(self) -> UpdateResult | None:
+        """See :meth:`~.executor.Executor.run_to_update`."""
+
+
+def run_stages_to_update(stages: Sequence[EmulatedStage]) -> list[UpdateResult]:
+    """Give each stage turns, in order, until every one has done its next update; the results by stage.
+
+    The plan fixes what each stage does in which order, so the order of turns changes no result. With one stage, whose link
+    waits by itself, this is one call.
+    """
+    results: list[UpdateResult | None] = [None] * len(stages)
+    while None in results:
+        for index, stage in enumerate(stages):
+            if results[index] is None:
+                with stage.active():
+                    results[index] = stage.run_to_update()
+    return [result for result in results if result is not None]

@@ -1,0 +1,104 @@
+"""Performs a stage's plan, action by action, up to the next update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from paci_megatron.plan import Action, Kind
+from paci_megatron.telemetry.meters import StageMeter
+
+from .compute import StageCompute
+from .links import StageLink
+from .state import PipelineState
+from .update import StageUpdate, UpdateResult
+
+
+class Executor:
+    """Does what the plan says, in its order, and decides nothing itself.
+
+    Micro-batches still in flight when :meth:`run_to_update` returns stay in ``state`` for the next call.
+    """
+
+    def __init__(
+        self,
+        plan: Iterator[Action],
+        compute: StageCompute,
+        link: StageLink,
+        update: StageUpdate,
+        meter: StageMeter,
+    ) -> None:
+        self.state = PipelineState()
+        self._plan = plan
+        self._compute = compute
+        self._link = link
+        self._update = update
+        self._meter = meter
+        self._next: Action | None = None  # waits for its input
+        # Outputs wait here from their forward to their send, the next action.
+        self._to_send: torch.Tensor | None = None
+        self._perform = {
+            Kind.RECV_FORWARD: link.post_receive_forward,
+            Kind.FORWARD: self._forward,
+            Kind.SEND_FORWARD: self._send_forward,
+            Kind.RECV_BACKWARD: link.post_receive_backward,
+            Kind.BACKWARD: self._backward,
+            Kind.SEND_BACKWARD: self._send_backward,
+        }
+
+    def run_to_update(self) -> UpdateResult | None:
+        """Perform actions up to and including the next UPDATE and return its result.
+
+        Returns None where the next action's input is not there yet. That happens only between stages in one process; the
+        link between processes waits instead.
+        """
+        while True:
+            action = self._next if self._next is not None else next(self._plan)
+            self._next = None
+            if not self._link.has_input(action):
+                self._next = action
+                return None
+            if action.kind is Kind.UPDATE:
+                return self._apply_update()
+            self._perform[action.kind](action.index)
+
+    def finish(self) -> None:
+        """End the plan at a drain; ``RuntimeError`` if anything is still in flight or under way."""
+        if not self.state.is_drained():
+            left = [entry.microbatch for entry in self.state.in_flight]
+            raise RuntimeError(f"micro-batches {left} in flight at a drain: a bug in the plan")
+        self._link.drain()
+
+    def _forward(self, microbatch: int) -> None:
+        input_tensor = self._link.receive_forward(microbatch)
+        with self._meter.computing():
+            output_tensor = self._compute.forward(microbatch, input_tensor)
+        self.state.push(microbatch, input_tensor, output_tensor)
+        self._meter.count_forward(in_flight=len(self.state.in_flight))
+        self._to_send = output_tensor
+
+    def _send_forward(self, microbatch: int) -> None:
+        assert self._to_send is not None
+        self._link.send_forward(microbatch, self._to_send)
+        self._compute.release_output(self._to_send)
+        self._to_send = None
+
+    def _backward(self, microbatch: int) -> None:
+        output_gradient = self._link.receive_backward(microbatch)
+        entry = self.state.pop(microbatch)
+        self._meter.count_backward(drift=self.state.updates - entry.forward_version)
+        with self._meter.computing():
+            self._to_send = self._compute.backward(entry, output_gradient)
+
+    def _send_backward(self, microbatch: int) -> None:
+        assert self._to_send is not None
+        self._link.send_backward(microbatch, self._to_send)
+        self._to_send = None
+
+    def _apply_update(self) -> UpdateResult:
+        with self._meter.computing():
+            result = self._update.apply()
+        self.state.updates += 1
+        self._meter.count_update(successful=result.successful)
+        return result

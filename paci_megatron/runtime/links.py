@@ -1,0 +1,132 @@
+"""Transfers between a stage and its neighbours."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+from paci_megatron.plan import Action
+from paci_megatron.plan.schedules import SENDS_IN_FLIGHT
+
+
+class StageLink(Protocol):
+    """A stage's transfers. Activations and gradients are (sequence, micro-batch size, hidden)."""
+
+    def has_input(self, action: Action) -> bool:
+        """Whether ``action`` can be performed now, if need be by waiting; False only if waiting would be for ever."""
+
+    def post_receive_forward(self, microbatch: int) -> None:
+        """Get ready for an activation from the previous stage; returns at once."""
+
+    def receive_forward(self, microbatch: int) -> torch.Tensor | None:
+        """Wait for the activation posted earliest; None on the first stage."""
+
+    def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
+        """Send an activation to the next stage; returns at once."""
+
+    def post_receive_backward(self, microbatch: int) -> None:
+        """Get ready for a gradient from the next stage; returns at once."""
+
+    def receive_backward(self, microbatch: int) -> torch.Tensor | None:
+        """Wait for the gradient posted earliest; None on the last stage."""
+
+    def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
+        """Send a gradient to the previous stage; returns at once."""
+
+    def drain(self) -> None:
+        """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
+
+
+class _Channel:
+    """One direction between neighbours: receives in posted order, sends held until they are done."""
+
+    def __init__(self, communicator: P2PCommunicator, shape: tuple[int, ...], device: torch.device) -> None:
+        self._communicator = communicator
+        self._group = communicator.pp_group
+        self._shape = shape
+        self._device = device
+        self._posted: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def post_receive(self, microbatch: int, source: int) -> None:
+        dtype = self._communicator.config.pipeline_dtype
+        buffer = torch.empty(self._shape, dtype=dtype, device=self._device, requires_grad=True)
+        self._posted.append((microbatch, buffer, dist.irecv(buffer, src=source, group=self._group)))
+
+    def receive(self, microbatch: int) -> torch.Tensor:
+        posted, buffer, work = self._posted.popleft()
+        if posted != microbatch:
+            raise RuntimeError(f"micro-batch {microbatch} awaited, {posted} was posted: a bug in the plan")
+        work.wait()
+        return buffer
+
+    def send(self, tensor: torch.Tensor, destination: int) -> None:
+        # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
+        payload = tensor.detach().contiguous()
+        while len(self._sent) >= SENDS_IN_FLIGHT:
+            self._sent.popleft()[1].wait()
+        self._sent.append((payload, dist.isend(payload, dst=destination, group=self._group)))
+
+    def drain(self) -> None:
+        if self._posted:
+            raise RuntimeError(f"receives of micro-batches {[p[0] for p in self._posted]} posted across a drain")
+        while self._sent:
+            self._sent.popleft()[1].wait()
+
+
+class P2PLink:
+    """Transfers over Megatron's :class:`P2PCommunicator`, activations and gradients on process groups of their own.
+
+    Receives are posted ahead and sends not waited for, so the communicators supply ranks and groups, and the transfers
+    are plain ``isend``/``irecv``. (Their own calls pair a send with a receive and wait for both, and use the world
+    group for one direction when there are two stages.)
+    """
+
+    def __init__(
+        self,
+        activations: P2PCommunicator,
+        gradients: P2PCommunicator,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        """``shape`` is that of every transferred tensor: (sequence, micro-batch size, hidden)."""
+        self._communicator = activations
+        self._activations = _Channel(activations, shape, device)
+        self._gradients = _Channel(gradients, shape, device)
+
+    def has_input(self, action: Action) -> bool:
+        """See :class:`StageLink`."""
+        return True
+
+    def post_receive_forward(self, microbatch: int) -> None:
+        """See :class:`StageLink`."""
+        self._activations.post_receive(microbatch, self._communicator.prev_rank)
+
+    def receive_forward(self, microbatch: int) -> torch.Tensor | None:
+        """See :class:`StageLink`."""
+        return None if self._communicator.is_pp_first_stage else self._activations.receive(microbatch)
+
+    def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
+        """See :class:`StageLink`."""
+        self._activations.send(activation, self._communicator.next_rank)
+
+    def post_receive_backward(self, microbatch: int) -> None:
+        """See :class:`StageLink`."""
+        self._gradients.post_receive(microbatch, self._communicator.next_rank)
+
+    def receive_backward(self, microbatch: int) -> torch.Tensor | None:
+        """See :class:`StageLink`."""
+        return None if self._communicator.is_pp_last_stage else self._gradients.receive(microbatch)
+
+    def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
+        """See :class:`StageLink`."""
+        self._gradients.send(gradient, self._communicator.prev_rank)
+
+    def drain(self) -> None:
+        """See :class:`StageLink`."""
+        self._activations.drain()
+        self._gradients.drain()

@@ -1,0 +1,1 @@
+"""Meters and metrics files. Telemetry only listens."""
