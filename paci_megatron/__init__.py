@@ -1,0 +1,30 @@
+"""PACI pipeline schedule for Megatron: pipeline-parallel GPT pretraining that never flushes (arXiv 2606.07881).
+
+``install()`` adds ``--pipeline-schedule paci`` to the installed Megatron; importing this package changes nothing.
+"""
+
+from __future__ import annotations
+
+from .config import ConfigError, PaciConfig
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "PaciConfig", "__version__", "install", "uninstall"]
+
+
+def install() -> None:
+    """Add the PACI schedule to the installed Megatron, and on a machine without CUDA the CPU backend.
+
+    Call it before the training script builds anything. Without ``--pipeline-schedule paci`` on the command line
+    Megatron then behaves as before. ``RuntimeError`` if already installed, or if the installed Megatron is not one this
+    version knows; then nothing has been changed.
+    """
+    from .host import patches
+
+    patches.install()
+
+
+def uninstall() -> None:
+    """Restore Megatron as it was before :func:`install`; ``RuntimeError`` if not installed."""
+    from .host import patches
+
+    patches.uninstall()

@@ -1,0 +1,50 @@
+"""The command-line group ``--pipeline-schedule`` / ``--paci-*``. The only argparse code of the package."""
+
+from __future__ import annotations
+
+import argparse
+
+from .config import CLIP_MODES, SCHEDULES
+
+
+def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group to Megatron's parser; returns the parser."""
+    group = parser.add_argument_group(title="paci")
+    group.add_argument(
+        "--pipeline-schedule",
+        choices=SCHEDULES,
+        default="1f1b",
+        help="1f1b is Megatron's own schedule, which flushes the pipeline before every update. paci never flushes: each "
+        "stage updates its weights after every a backwards, where a is the number of micro-batches per update.",
+    )
+    group.add_argument(
+        "--paci-clip-mode",
+        choices=CLIP_MODES,
+        default=None,
+        help="How --clip-grad applies under paci. stage: each stage clips by the norm of its own gradients. none: no "
+        "clipping, like --clip-grad 0.",
+    )
+    group.add_argument(
+        "--paci-drain-interval",
+        type=int,
+        default=None,
+        metavar="UPDATES",
+        help="Run the pipeline empty after every so many updates, besides evaluations, checkpoints and the end. 1 "
+        "makes paci the same computation as 1f1b. Default: never.",
+    )
+    group.add_argument(
+        "--paci-emulate-stages",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Run all N stages of the pipeline in one process, on one CPU or GPU, with the numerics of N processes. The "
+        "pipeline size must be 1. Works with either schedule.",
+    )
+    group.add_argument(
+        "--paci-metrics-file",
+        default=None,
+        metavar="PATH",
+        help="Append one JSON object a line to this file, for each log interval, evaluation and drain: losses, "
+        "perplexities, tokens, seconds, drift, bubble. Works with either schedule.",
+    )
+    return parser

@@ -1,0 +1,292 @@
+"""Stand-ins that let Megatron run without CUDA, over gloo, on the CPU.
+
+Megatron names the CUDA device in many places: ``device="cuda"``, ``tensor.cuda()``, ``torch.cuda.current_device()``,
+``"torch.cuda.FloatTensor"``. On a machine without one, :func:`activate` answers all of them with the CPU: a
+``TorchFunctionMode`` rewrites devices in tensor functions, and a fixed list of ``torch.cuda`` names gets a CPU
+counterpart. It must run before ``megatron`` is imported, because Megatron binds some of these names at import time.
+Nothing here is active on a machine that has a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.data
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+_saved: list[tuple[Any, str, Any]] = []
+_mode: TorchFunctionMode | None = None
+_warning_filters: list[Any] = []
+_random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
+
+
+def _is_no_generator_warning(record: logging.LogRecord) -> bool:
+    # Here the device's generator is the CPU's, so the one changing with the other is no sign of a mistake.
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def is_active() -> bool:
+    """Whether the stand-ins are in place."""
+    return _mode is not None
+
+
+def activate() -> bool:
+    """Put the stand-ins in place if there is no CUDA device; returns whether they are in place afterwards."""
+    global _mode
+    if _mode is not None:
+        return True
+    if torch.cuda.is_available():
+        return False
+    _warning_filters[:] = warnings.filters
+    # One line at start says what is used instead; Megatron would say what is missing once per module and process.
+    warnings.filterwarnings("ignore", message=r".*(not installed.*(Falling back|Using)|Only transformer-engine)")
+    _random_logger.addFilter(_is_no_generator_warning)
+    for owner, name, replacement in _replacements():
+        _saved.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, replacement)
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
+    return True
+
+
+def deactivate() -> None:
+    """Undo :func:`activate`. For tests; a training process keeps the stand-ins to its end."""
+    global _mode
+    if _mode is None:
+        return
+    _mode.__exit__(None, None, None)
+    _mode = None
+    _random_logger.removeFilter(_is_no_generator_warning)
+    warnings.filters[:] = _warning_filters  # type: ignore[index]
+    while _saved:
+        owner, name, original = _saved.pop()
+        setattr(owner, name, original)
+
+
+# What a CPU run cannot use, and what it uses instead. Each is only changed from a value that needs a GPU.
+_ARGUMENTS: tuple[tuple[str, Any], ...] = (
+    ("distributed_backend", "gloo"),
+    ("transformer_impl", "local"),
+    ("gradient_accumulation_fusion", False),
+    ("masked_softmax_fusion", False),
+    ("bias_gelu_fusion", False),
+    ("bias_swiglu_fusion", False),
+    ("bias_dropout_fusion", False),
+    ("no_persist_layer_norm", True),
+    ("apply_rope_fusion", False),
+)
+
+
+def adapt_arguments(args: argparse.Namespace) -> list[str]:
+    """Set the Megatron arguments that need a GPU to their CPU values. Returns the ones changed, for the log."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    changed = []
+    for name, value in (*_ARGUMENTS, ("attention_backend", AttnBackend.unfused)):
+        if hasattr(args, name) and getattr(args, name) != value:
+            setattr(args, name, value)
+            changed.append(f"{name}={getattr(value, 'name', value)}")
+    # Megatron insists on it with tensor or context parallelism; it orders kernels on a GPU and means nothing here.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return changed
+
+
+def _is_cuda(device: Any) -> bool:
+    """Whether ``device`` names a CUDA device in any of the forms PyTorch accepts."""
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices to the CPU in every tensor function."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and _is_cuda(device):
+                kwargs = {**kwargs, "device": CPU}
+        else:
+            kwargs = {}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        result = func(*args, **kwargs)
+        # Megatron's optimizers accept a parameter only if its type string is a CUDA one.
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream:
+    """A CUDA stream on a device that has only one queue: everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+        self.cuda_stream = 0
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event if event is not None else _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """A CUDA event on a device that finishes each operation before the next begins."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _DeviceProperties:
+    """What Megatron asks of a device: a name, a compute capability (none), and the memory size in bytes."""
+
+    name = "cpu"
+    major = 0
+    minor = 0
+    multi_processor_count = 1
+    total_memory = 0
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    """A function that ignores its arguments and returns ``value``.
+
+    One object per name: TorchDynamo keeps its rules by function, and refuses one that stands under two names.
+    """
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return stand_in
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    """Set the CPU generator's state: here it is the device's generator too."""
+    torch.default_generator.set_state(state)
+
+
+def _seed(seed: int) -> None:
+    # Not torch.manual_seed: that one calls torch.cuda.manual_seed_all, which is _seed_all.
+    torch.default_generator.manual_seed(seed)
+
+
+def _seed_all(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _without_drawing(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a function that draws from the host's generator, which here is the device's too, so that it does not advance it.
+
+    On a GPU a new data iterator's seed leaves the generator of dropout alone; a resumed run relies on that.
+    """
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        state = torch.default_generator.get_state()
+        original(*args, **kwargs)
+        torch.default_generator.set_state(state)
+
+    return wrapper
+
+
+def norm_within_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the construction of PyTorch's norms, the only ones on a CPU, which Megatron refuses under sequence parallelism.
+
+    They compute the same on a part of the sequence. What is missing is the mark by which Megatron sums their gradients over
+    the tensor-parallel ranks.
+    """
+
+    @functools.wraps(original)
+    def __new__(cls: type, config: Any, *positional: Any, **named: Any) -> Any:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = original(cls, plain, *positional, **named)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    return __new__
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, name, stand-in) for every torch name that would need a device."""
+    cuda, stream = torch.cuda, _Stream()
+    constants = {
+        "current_device": 0,
+        "device_count": 1,
+        "device": contextlib.nullcontext(),
+        "stream": contextlib.nullcontext(),
+        "current_stream": stream,
+        "default_stream": stream,
+        "get_device_properties": _DeviceProperties(),
+        "get_device_capability": (0, 0),
+        "get_device_name": "cpu",
+        "memory_stats": _MemoryStats(),
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "device_memory_used": 0,
+        "set_device": None,
+        "set_stream": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+    }
+    table: list[tuple[Any, str, Any]] = [(cuda, name, _returning(value)) for name, value in constants.items()]
+    table += [(cuda, "Stream", _Stream), (cuda, "Event", _Event)]
+    table += [(cuda.nvtx, name, _returning(0)) for name in ("range_push", "range_pop")]
+    # Modules move in place, so unlike Tensor.cuda this one returns the module it was called on.
+    table.append((torch.nn.Module, "cuda", lambda module, device=None: module))
+    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
+    table.append((iterator, "__init__", _without_drawing(iterator.__init__)))
+    for owner in (cuda, cuda.random):
+        table += [
+            (owner, "get_rng_state", _get_rng_state),
+            (owner, "set_rng_state", set_rng_state),
+            (owner, "manual_seed", _seed),
+            (owner, "manual_seed_all", _seed_all),
+        ]
+    return table
+
+
+class _MemoryStats(dict[str, int]):
+    """Every statistic of a memory that is not there is 0 bytes."""
+
+    def __missing__(self, key: str) -> int:
+        return 0

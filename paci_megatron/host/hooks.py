@@ -1,0 +1,396 @@
+"""What stands in Megatron's place at each patch point: a factory takes the original and returns the replacement."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.utils import unwrap_model
+
+from paci_megatron.arguments import add_paci_arguments
+from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags
+from paci_megatron.telemetry.meters import StageMeter
+
+from . import context as contexts
+from . import cpu, emulation
+from .boundaries import Boundaries, MicrobatchForecast
+from .capabilities import adapt_to_installed, check_installed
+from .inputs import exit_on_config_error
+from .moe_metrics import DrainedMoEMetrics
+from .monitor import RunMonitor
+from .resume import resume_line
+from .stage import Stage
+from .train_step import forward_backward_pipelining_paci, train_step
+
+Function = Callable[..., Any]
+
+_monitor: RunMonitor | None = None
+_evaluating: tuple[str, int] | None = None  # prefix and iteration of the evaluation in progress
+
+
+def reset() -> None:
+    """Forget the run in progress."""
+    global _monitor
+    _monitor = None
+    contexts.set_current(None)
+
+
+def _runs_plans() -> bool:
+    """Whether plans are run here: under paci, or with emulated stages. Otherwise Megatron runs its own schedule."""
+    return contexts.current() is not None
+
+
+def _emulates() -> bool:
+    context = contexts.current()
+    return context is not None and context.config.emulates
+
+
+def _print_first_rank(args: Any, line: str) -> None:
+    if args.rank == 0:
+        print(f"paci-megatron: {line}", flush=True)
+
+
+def parser_with_paci_arguments(original: Function) -> Function:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return add_paci_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def arguments_checked(original: Function) -> Function:
+    @functools.wraps(original)
+    def validate_args(args: Any, defaults: Any = {}) -> Any:  # noqa: B006 - Megatron's signature
+        lines = cpu.adapt_arguments(args) if cpu.is_active() else []
+        if cpu.is_active():
+            _print_first_rank(args, f"no CUDA device: running on the CPU over gloo ({', '.join(lines) or 'as given'})")
+        for line in adapt_to_installed(args):
+            _print_first_rank(args, line)
+        with exit_on_config_error():
+            check_installed(args)
+        if args.pipeline_schedule != "paci" and args.paci_emulate_stages is None:
+            return original(args, defaults)
+        with exit_on_config_error():
+            check_flags(args)
+            for line in apply_overrides(args):
+                _print_first_rank(args, line)
+            if args.paci_emulate_stages is None:
+                result = original(args, defaults)
+            else:
+                check_emulation(args)
+                result = _validated_as_processes(original, args, defaults)
+            config = PaciConfig.from_args(args)
+        if config.clip_mode == "none":
+            args.clip_grad = 0.0
+        return result
+
+    return validate_args
+
+
+def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any:
+    """Validate an emulated pipeline's arguments as if each stage had processes of its own."""
+    num_stages = args.paci_emulate_stages
+    args.pipeline_model_parallel_size = num_stages
+    args.world_size *= num_stages
+    result = original(args, defaults)
+    args.world_size //= num_stages
+    return result
+
+
+def initialized_without_pipeline(original: Function) -> Function:
+    """Wrap ``initialize_megatron``: emulated stages share a process, so for process groups the pipeline size is 1."""
+
+    @functools.wraps(original)
+    def initialize_megatron(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        args = get_args()
+        if cpu.is_active():
+            named["allow_no_cuda"] = True
+        if args.paci_emulate_stages is None:
+            return original(*positional, **named)
+        args.pipeline_model_parallel_size = 1
+        result = original(*positional, **named)
+        args.pipeline_model_parallel_size = args.paci_emulate_stages
+        return result
+
+    return initialize_megatron
+
+
+def model_set_up(original: Function) -> Function:
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        reset()
+        args = get_args()
+        if args.paci_emulate_stages is not None:
+            stages = emulation.build_stages(original, args, PaciConfig.from_args(args), *positional, **named)
+            _begin_plans(args, stages)
+            optimizers = emulation.StageOptimizers([stage.optimizer for stage in stages])
+            return [stage.model for stage in stages], optimizers, stages[0].scheduler
+        model, optimizer, scheduler = original(*positional, **named)
+        if optimizer is None:  # --skip-train
+            return model, optimizer, scheduler
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        meter = StageMeter(pipeline.rank(), pipeline.size(), next(model[0].parameters()).device)
+        if args.pipeline_schedule == "paci":
+            config = PaciConfig.from_args(args)
+            _begin_plans(args, [contexts.distributed_stage(config, args, model[0], optimizer, scheduler, meter)])
+        elif args.paci_metrics_file:
+            _begin_monitor(args, [meter])
+        return model, optimizer, scheduler
+
+    return setup_model_and_optimizer
+
+
+def _begin_monitor(args: Any, meters: list[StageMeter]) -> Boundaries:
+    global _monitor
+    boundaries = Boundaries(args, args.paci_drain_interval, MicrobatchForecast(args))
+    _monitor = RunMonitor(args, meters, boundaries)
+    return boundaries
+
+
+def _begin_plans(args: Any, stages: list[Stage]) -> None:
+    """Make the objects that this run's train steps use."""
+    from megatron.training import get_timers
+
+    boundaries = _begin_monitor(args, [stage.meter for stage in stages])
+    context = contexts.TrainingContext(PaciConfig.from_args(args), args, boundaries, stages)
+    contexts.set_current(context)
+    if args.num_experts is not None:
+        set_moe_metrics_tracker(DrainedMoEMetrics(context.is_drained))
+    for line in context.describe(get_num_microbatches()):
+        _print_first_rank(args, line)
+    # The log line's time is then that of the stage which prints it; a barrier over all would stop the pipeline.
+    stage_group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    get_timers()("interval-time", log_level=0).set_barrier_group(stage_group)
+
+
+def data_iterators_by_stage(original: Function) -> Function:
+    """Wrap ``build_train_valid_test_data_iterators``: emulated stages each read what their own process would."""
+
+    @functools.wraps(original)
+    def build_train_valid_test_data_iterators(provider: Any) -> Any:
+        context = contexts.current()
+        if context is None or not context.config.emulates:
+            return original(provider)
+        return emulation.build_data_iterators(original, context.stages, provider)
+
+    return build_train_valid_test_data_iterators
+
+
+def skipped_by_stage(original: Function) -> Function:
+    """Wrap ``dummy_train_step``, which reads a skipped iteration's data."""
+
+    @functools.wraps(original)
+    def dummy_train_step(data_iterator: Any) -> None:
+        context = contexts.current()
+        if context is None:
+            return original(data_iterator)
+        context.require_drained("a skipped iteration")
+        for stage in context.stages:
+            iterator = context.iterator_of(stage, data_iterator)
+            if iterator is not None or not context.config.emulates:
+                with stage.active():
+                    original(iterator)
+        return None
+
+    return dummy_train_step
+
+
+def last_stage_is_here(original: Function) -> Function:
+    """Wrap ``is_pp_last_stage``, by which an evaluation decides where the losses are."""
+
+    @functools.wraps(original)
+    def is_pp_last_stage(pp_group: Any) -> bool:
+        return _emulates() or original(pp_group)
+
+    return is_pp_last_stage
+
+
+def state_of_all_stages(original: Function) -> Function:
+    """Wrap ``generate_state_dict``: a checkpoint of emulated stages holds them all."""
+
+    @functools.wraps(original)
+    def generate_state_dict(
+        args: Any, model: Any, optimizer: Any, opt_param_scheduler: Any, rng_state: Any, **named: Any
+    ) -> Any:
+        context = contexts.current()
+        loading = emulation.stages_being_loaded()
+        if loading is not None:
+            stages = sorted(loading, key=lambda stage: unwrap_model(stage.model) is not unwrap_model(model)[0])
+        elif context is not None and context.config.emulates:
+            stages = context.stages
+        else:
+            return original(args, model, optimizer, opt_param_scheduler, rng_state, **named)
+        return emulation.generate_state_dict(original, stages, args, **named)
+
+    return generate_state_dict
+
+
+def schedule_chosen(original: Function) -> Function:
+    @functools.wraps(original)
+    def get_forward_backward_func(*positional: Any, **named: Any) -> Function:
+        return forward_backward_pipelining_paci if _runs_plans() else original(*positional, **named)
+
+    return get_forward_backward_func
+
+
+def train_step_chosen(original: Function) -> Function:
+    @functools.wraps(original)
+    def chosen_train_step(*positional: Any, iteration: int, **named: Any) -> Any:
+        step: Function = train_step if _runs_plans() else original
+        if _monitor is None:
+            return step(*positional, iteration=iteration, **named)
+        _monitor.begin_iteration()
+        result = step(*positional, iteration=iteration, **named)
+        if not _runs_plans():  # the executor counts its own updates
+            for meter in _monitor.meters:
+                meter.count_update(successful=not result[1])
+        _monitor.end_iteration(iteration + 1, losses=result[0])
+        return result
+
+    return chosen_train_step
+
+
+def metered(original: Function) -> Function:
+    """Count the time inside as the stage's computing, for the measured bubble of Megatron's own schedule."""
+
+    @functools.wraps(original)
+    def metered_function(*positional: Any, **named: Any) -> Any:
+        if _monitor is None or _runs_plans():  # the executor meters itself
+            return original(*positional, **named)
+        with _monitor.meters[0].computing():
+            return original(*positional, **named)
+
+    return metered_function
+
+
+def training_log_recorded(original: Function) -> Function:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def training_log(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        result = original(*positional, **named)
+        iteration = signature.bind(*positional, **named).arguments["iteration"]
+        if _monitor is not None and (iteration % get_args().log_interval == 0 or iteration == 1):
+            _monitor.log_interval(iteration)
+        return result
+
+    return training_log
+
+
+def evaluation_recorded(original: Function) -> Function:
+    """Wrap ``evaluate_and_print_results``: the pipeline must be empty, and training time stands still."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def evaluate_and_print_results(*positional: Any, **named: Any) -> Any:
+        global _evaluating
+        arguments = signature.bind(*positional, **named).arguments
+        _evaluating = (arguments["prefix"], arguments["iteration"])
+        with _paused("an evaluation"):
+            return original(*positional, **named)
+
+    return evaluate_and_print_results
+
+
+def evaluation_result_recorded(original: Function) -> Function:
+    @functools.wraps(original)
+    def evaluate(*positional: Any, **named: Any) -> Any:
+        result = original(*positional, **named)
+        if _monitor is not None and _evaluating is not None and result[0] is not None:
+            _monitor.evaluated(*_evaluating, losses=result[0])
+        return result
+
+    return evaluate
+
+
+def resume_reported(original: Function) -> Function:
+    """Wrap ``check_checkpoint_args``, which sees the arguments a checkpoint was saved with: say what changes for PACI."""
+
+    @functools.wraps(original)
+    def check_checkpoint_args(checkpoint_args: Any, *positional: Any, **named: Any) -> None:
+        from megatron.training import get_args
+
+        original(checkpoint_args, *positional, **named)
+        line = resume_line(checkpoint_args, get_args())
+        # Emulated stages load one after the other; the first speaks for all.
+        if line is not None and parallel_state.get_pipeline_model_parallel_rank() == 0:
+            _print_first_rank(get_args(), line)
+
+    return check_checkpoint_args
+
+
+def save_when_drained(original: Function) -> Function:
+    @functools.wraps(original)
+    def save_checkpoint_and_time(*positional: Any, **named: Any) -> Any:
+        with _paused("a checkpoint"):
+            return original(*positional, **named)
+
+    return save_checkpoint_and_time
+
+
+@contextlib.contextmanager
+def _paused(purpose: str) -> Iterator[None]:
+    """Training stands still inside, with the pipeline empty."""
+    context = contexts.current()
+    if context is not None:
+        context.require_drained(purpose)
+    if _monitor is None:
+        yield
+        return
+    _monitor.pause()
+    yield
+    _monitor.resume()
+
+
+def async_save_finalized_when_drained(original: Function) -> Function:
+    @functools.wraps(original)
+    def maybe_finalize_async_save(*positional: Any, **named: Any) -> Any:
+        context = contexts.current()
+        # It agrees with all ranks whether the save is complete; until a drain it can wait.
+        if context is None or context.is_drained():
+            return original(*positional, **named)
+        return None
+
+    return maybe_finalize_async_save
+
+
+def kept_within_stage(original: Function) -> Function:
+    """Wrap a reduction over all stages whose value every stage already has: the learning rate of the log line."""
+
+    @functools.wraps(original)
+    def reduce_max_stat_across_model_parallel_group(stat: Any, *positional: Any, **named: Any) -> Any:
+        return stat if _runs_plans() else original(stat, *positional, **named)
+
+    return reduce_max_stat_across_model_parallel_group
+
+
+def compiled_in_the_wheel(original: Function) -> Function:
+    """The wheel brings the dataset helpers compiled, and not the Makefile with which Megatron would compile them."""
+
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def cpu_generator(original: Function) -> Function:
+    return cpu.set_rng_state
+
+
+def norm_within_sequence_parallel(original: Function) -> Function:
+    return cpu.norm_within_sequence_parallel(original)

@@ -1,0 +1,153 @@
+"""Reports a run's progress: PACI's line beside Megatron's log line, and the metrics file, for either schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from paci_megatron.telemetry.meters import StageMeter, StageReport
+from paci_megatron.telemetry.metrics_file import MetricsFile
+
+from .boundaries import Boundaries
+
+
+class RunMonitor:
+    """Listens to one rank's training loop. The last rank, the one Megatron logs on, prints and writes.
+
+    Training time, ``train_s`` in the metrics, runs from the first iteration and stands still in evaluations and saves.
+    """
+
+    def __init__(self, args: Any, meters: list[StageMeter], boundaries: Boundaries) -> None:
+        self.meters = meters
+        self._args = args
+        self._boundaries = boundaries
+        self._schedule: str = args.pipeline_schedule
+        self._drained = True
+        self._is_reporter = dist.get_rank() == dist.get_world_size() - 1
+        path = args.paci_metrics_file
+        self._file = MetricsFile(path) if path and self._is_reporter else None
+        self._begin_s = time.perf_counter()
+        self._first_iteration_s: float | None = None
+        self._paused_s = 0.0
+        self._paused_since: float | None = None
+        self._logged_s = 0.0
+        self._losses: list[torch.Tensor] = []
+
+    def begin_iteration(self) -> None:
+        """An iteration starts."""
+        if self._first_iteration_s is None:
+            self._first_iteration_s = time.perf_counter()
+        if self._drained:
+            for meter in self.meters:
+                meter.restart()
+
+    def end_iteration(self, iteration: int, losses: dict[str, torch.Tensor]) -> None:
+        """Iteration ``iteration`` (from 1) is done. At a drain, collective over the pipeline."""
+        if "lm loss" in losses:
+            self._losses.append(losses["lm loss"].detach())
+        self._drained = self._boundaries.is_drain(iteration)
+        if self._drained:
+            self._report_stages(iteration)
+
+    def log_interval(self, iteration: int) -> None:
+        """Megatron has logged ``iteration``: write the interval's mean loss and time."""
+        if self._file is None or not self._losses:
+            return
+        train_s, count = self._train_s(), len(self._losses)
+        self._file.write(
+            "train",
+            **self._position(iteration),
+            iterations=count,
+            loss=float(torch.stack(self._losses).mean()),
+            ms_per_iteration=1000 * (train_s - self._logged_s) / count,
+        )
+        self._losses.clear()
+        self._logged_s = train_s
+
+    def evaluated(self, prefix: str, iteration: int, losses: dict[str, torch.Tensor]) -> None:
+        """An evaluation is done; ``losses`` are its means (last stage only)."""
+        if self._file is None or "lm loss" not in losses:
+            return
+        loss = float(losses["lm loss"])
+        # As Megatron prints it: beyond exp(20) the number says nothing.
+        perplexity = math.exp(min(20.0, loss))
+        self._file.write("evaluation", **self._position(iteration), prefix=prefix, loss=loss, perplexity=perplexity)
+
+    def pause(self) -> None:
+        """Training time stands still from here."""
+        self._paused_since = time.perf_counter()
+
+    def resume(self) -> None:
+        """Training time goes on."""
+        assert self._paused_since is not None
+        self._paused_s += time.perf_counter() - self._paused_since
+        self._paused_since = None
+
+    def _train_s(self) -> float:
+        if self._first_iteration_s is None:
+            return 0.0
+        now = self._paused_since if self._paused_since is not None else time.perf_counter()
+        return now - self._first_iteration_s - self._paused_s
+
+    def _position(self, iteration: int) -> dict[str, Any]:
+        args = self._args
+        return {
+            "schedule": self._schedule,
+            "iteration": iteration,
+            "tokens": args.consumed_train_samples * args.seq_length,
+            "train_s": self._train_s(),
+            "time_s": time.perf_counter() - self._begin_s,
+        }
+
+    def _report_stages(self, iteration: int) -> None:
+        """Gather every stage's figures since the last drain. A collective, which is why it happens at drains only."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, [meter.take_report() for meter in self.meters], group=group)
+        reports = [report for reports in gathered for report in reports]
+        if not self._is_reporter:
+            return
+        if self._schedule == "paci":
+            print(stage_line(iteration, reports), flush=True)
+            _write_scalars(iteration, reports)
+        if self._file is not None:
+            stages = [report.as_dict() for report in reports]
+            self._file.write("drain", schedule=self._schedule, iteration=iteration, stages=stages)
+
+
+def _write_scalars(iteration: int, reports: list[StageReport]) -> None:
+    """The stages' figures to Megatron's TensorBoard and Weights & Biases writers, where there are any."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    scalars = {
+        f"paci/{name.replace('_', '-')}/stage-{report.stage_index}": value
+        for report in reports
+        for name, value in report.as_dict().items()
+        if name != "stage_index"
+    }
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(scalars, iteration)
+
+
+def stage_line(iteration: int, reports: list[StageReport]) -> str:
+    """PACI's log line: each stage's figures since the last drain, first stage to last."""
+
+    def column(values: list[str]) -> str:
+        return " ".join(values)
+
+    return (
+        f" paci, drained after iteration {iteration:8d} | {reports[0].updates} updates | by stage:"
+        f" max drift {column([str(r.max_drift) for r in reports])} |"
+        f" mean drift {column([f'{r.mean_drift:.3f}' for r in reports])} |"
+        f" in flight {column([str(r.max_in_flight) for r in reports])} |"
+        f" bubble {column([f'{r.bubble_fraction:.1%}' for r in reports])} |"
+        f" skipped updates {column([str(r.skipped_updates) for r in reports])} |"
+    )

@@ -1,0 +1,136 @@
+"""install() and uninstall(): all or nothing, and nothing left behind. In fresh processes: they change Megatron."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    """The output of ``code`` in a new interpreter; fails the test if it fails."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SNAPSHOT = """
+import torch, paci_megatron
+from paci_megatron.host import patches, cpu
+had_cuda = torch.cuda.is_available()
+def snapshot():
+    found = [getattr(owner, name) for owner, name, _ in patches._installed]
+    return found + [torch.cuda.current_device, torch.cuda.manual_seed, torch.nn.Module.cuda, torch.cuda.Stream]
+"""
+
+
+def test_install_replaces_every_target_and_uninstall_restores_all() -> None:
+    run(
+        SNAPSHOT
+        + """
+import importlib
+points = [p for p in patches.PATCH_POINTS if not (had_cuda and p.cpu_only)]
+def values():
+    out = []
+    for p in points:
+        owner = importlib.import_module(p.module)
+        for part in p.name.split("."):
+            owner = getattr(owner, part)
+        out.append(owner)
+    return out + [torch.cuda.current_device, torch.cuda.manual_seed, torch.nn.Module.cuda, torch.cuda.Stream]
+cpu.activate()
+before = values()
+cpu.deactivate()
+untouched = values()
+paci_megatron.install()
+during = values()
+assert all(a is not b for a, b in zip(before[: len(points)], during))
+try:
+    paci_megatron.install()
+    raise SystemExit("a second install was accepted")
+except RuntimeError as error:
+    assert "already installed" in str(error)
+paci_megatron.uninstall()
+assert all(a is b for a, b in zip(untouched, values()))
+assert had_cuda or not cpu.is_active()
+try:
+    paci_megatron.uninstall()
+    raise SystemExit("a second uninstall was accepted")
+except RuntimeError as error:
+    assert "not installed" in str(error)
+paci_megatron.install()
+"""
+    )
+
+
+def test_a_changed_signature_is_refused_before_anything_is_touched() -> None:
+    run(
+        SNAPSHOT
+        + """
+cpu.activate()
+import megatron.training.training as training
+def train_step(forward_step_func, data_iterator): ...
+training.train_step = train_step
+others = training.setup_model_and_optimizer, training.training_log
+cpu.deactivate()
+try:
+    paci_megatron.install()
+    raise SystemExit("accepted")
+except RuntimeError as error:
+    message = str(error)
+assert "megatron.training.training.train_step" in message and "forward_step_func data_iterator)" in message, message
+assert training.train_step is train_step
+assert (training.setup_model_and_optimizer, training.training_log) == others
+assert not cpu.is_active() and not patches._installed
+"""
+    )
+
+
+def test_a_missing_target_and_another_version_are_refused() -> None:
+    run(
+        SNAPSHOT
+        + """
+import megatron.core
+real = megatron.core.__version__
+for version in ("0.18.0", "0.20.0"):
+    megatron.core.__version__ = version
+    try:
+        paci_megatron.install()
+        raise SystemExit("accepted " + version)
+    except RuntimeError as error:
+        assert version in str(error) and "pip install" in str(error)
+megatron.core.__version__ = real
+cpu.activate()
+import megatron.training.training as training
+del training.evaluate
+cpu.deactivate()
+try:
+    paci_megatron.install()
+    raise SystemExit("accepted")
+except RuntimeError as error:
+    assert "has no megatron.training.training.evaluate" in str(error), error
+"""
+    )
+
+
+def test_one_line_is_logged_for_each_patch_point() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import paci_megatron; paci_megatron.install()"], capture_output=True, text=True, check=True
+    )
+    from paci_megatron.host.patches import PATCH_POINTS
+
+    for point in PATCH_POINTS:
+        assert f"{point}: {point.reason}" in done.stdout or point.cpu_only
+
+
+def test_the_schedule_has_the_signature_of_megatrons_pipelining_functions() -> None:
+    import inspect
+
+    from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+
+    from paci_megatron.host.train_step import forward_backward_pipelining_paci
+
+    def parameters(function: object) -> list[tuple[str, object, object]]:
+        signature = inspect.signature(function)  # type: ignore[arg-type]
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+    assert parameters(forward_backward_pipelining_paci) == parameters(forward_backward_pipelining_without_interleaving)
