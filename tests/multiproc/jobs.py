@@ -1,0 +1,342 @@
+"""What the pool's workers run. Results must be small and picklable: tensors go back as NumPy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import paci_megatron
+
+
+@dataclass
+class TrainingResult:
+    """One rank's training: the exact loss of each iteration and evaluation (last stage), and the final weights."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[float] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    stage_weights: list[dict[str, np.ndarray]] = field(default_factory=list)
+    peak_saved_bytes: int = 0
+    peak_weight_sized_tensors: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    collectives_within_stage: int = 0
+
+
+def train(
+    argv: list[str],
+    plugin: bool = True,
+    count_collectives: bool = False,
+    loop: Callable[..., Any] | None = None,
+    measure_memory: bool = False,
+    within: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+) -> TrainingResult:
+    """Train with ``pretrain_gpt_paci.py``'s parts and these arguments; without ``plugin`` on bare Megatron.
+
+    ``loop`` takes the place of Megatron's ``train``. ``within`` makes a context to train in, with Megatron imported.
+    """
+    import pretrain_gpt_paci as script
+    from paci_megatron.host import context as contexts
+
+    result = TrainingResult()
+    with contextlib.ExitStack() as stack:
+        if plugin:
+            paci_megatron.install()
+            stack.callback(paci_megatron.uninstall)
+        else:
+            stack.enter_context(_bare_megatron_on_cpu())
+        import megatron.training.training as training
+
+        stack.callback(_forget_run)
+        stack.enter_context(_argv(argv))
+        models = stack.enter_context(_recorded(training, result))
+        if loop is not None:
+            stack.callback(setattr, training, "train", training.train)
+            training.train = loop
+        if measure_memory:
+            stack.enter_context(_measured_memory(result, training, models))
+        if count_collectives:
+            stack.enter_context(_counted_collectives(result, training))
+        if within is not None:
+            stack.enter_context(within())
+        _pretrain(script)
+        context = contexts.current()
+        assert context is None or context.is_drained()
+        # An emulated run holds all stages: its results are theirs, in order.
+        for model in models:
+            weights = {name: parameter.detach().float().numpy().copy() for name, parameter in model.named_parameters()}
+            result.stage_weights.append(weights)
+        result.weights = result.stage_weights[0]
+    # Only if all went well: a rank that failed reports at once.
+    dist.barrier()
+    return result
+
+
+def train_by_reference(argv: list[str]) -> TrainingResult:
+    """Train the models that Megatron builds for emulated stages with tests/reference.py in the place of its loop."""
+    reports: list[torch.Tensor] = []  # (summed loss, tokens) of each micro-batch
+    result = TrainingResult()
+
+    def loop(forward_step_func: Any, model: Any, *others: Any, **named: Any) -> tuple[int, float]:
+        from megatron.core.utils import unwrap_model
+        from megatron.training import get_args
+
+        from tests import reference
+
+        args, data = get_args(), others[2]
+        a = args.global_batch_size // args.micro_batch_size
+        stages = [
+            _reference_stage(unwrap_model(chunk).train(), iterator, a, args.lr, reports)
+            for chunk, iterator in zip(model, data, strict=True)
+        ]
+        reference.train(stages, a, args.train_iters)
+        windows = torch.stack(reports).view(args.train_iters, a, 2).sum(dim=1)
+        result.losses = (windows[:, 0] / windows[:, 1]).tolist()
+        return args.train_iters, 0.0
+
+    result.stage_weights = train(argv, loop=loop).stage_weights
+    return result
+
+
+def _reference_stage(chunk: Any, data: Any, a: int, learning_rate: float, reports: list[torch.Tensor]) -> Any:
+    from tests import reference
+
+    def forward(microbatch: int, activation: torch.Tensor | None) -> torch.Tensor:
+        batch = next(data) if data is not None else {}
+        chunk.set_input_tensor([activation])
+        first = chunk.pre_process
+        output = chunk(
+            batch["tokens"] if first else None,
+            batch["position_ids"] if first else None,
+            batch.get("attention_mask"),
+            labels=batch["labels"] if chunk.post_process else None,
+        )
+        if not chunk.post_process:
+            return output
+        mask = batch["loss_mask"].view(-1).float()
+        loss = torch.sum(output.view(-1).float() * mask)
+        reports.append(torch.stack([loss.detach(), mask.sum()]))
+        return loss / mask.sum().to(torch.int) / a
+
+    parameters = list(chunk.parameters())
+    weights = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    return reference.ReferenceStage(forward, parameters, weights, optimizer)
+
+
+def _pretrain(script: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    script.datasets_provider.is_distributed = True
+    pretrain(config, script.datasets_provider, ModelType.encoder_or_decoder, script.forward_step)
+
+
+def _forget_run() -> None:
+    """Leave the process as before the run, but for the process group."""
+    import megatron.training.training as training
+    from megatron.core import parallel_state, tensor_parallel
+
+    training.destroy_global_state()
+    parallel_state.destroy_model_parallel()
+    tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+
+
+@contextlib.contextmanager
+def _argv(argv: list[str]) -> Iterator[None]:
+    saved, sys.argv = sys.argv, ["pretrain_gpt_paci.py", *argv]
+    yield
+    sys.argv = saved
+
+
+@contextlib.contextmanager
+def _recorded(training: Any, result: TrainingResult) -> Iterator[list[Any]]:
+    """Record losses as Megatron's loop sees them; yields the list that will hold the model."""
+    models: list[Any] = []
+    originals = {name: getattr(training, name) for name in ("setup_model_and_optimizer", "training_log", "evaluate")}
+
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        built = originals["setup_model_and_optimizer"](*args, **kwargs)
+        models.extend(built[0])
+        return built
+
+    def training_log(loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        result.losses.extend(float(loss) for loss in loss_dict.values())
+        return originals["training_log"](loss_dict, *args, **kwargs)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        evaluation = originals["evaluate"](*args, **kwargs)
+        result.evaluations.extend(float(loss) for loss in evaluation[0].values())
+        return evaluation
+
+    training.setup_model_and_optimizer, training.training_log, training.evaluate = (
+        setup_model_and_optimizer,
+        training_log,
+        evaluate,
+    )
+    yield models
+    for name, original in originals.items():
+        setattr(training, name, original)
+
+
+@contextlib.contextmanager
+def _bare_megatron_on_cpu() -> Iterator[None]:
+    """Megatron without the plugin: only the stand-ins for CUDA, without which it cannot start here."""
+    from paci_megatron.host import cpu
+
+    cpu.activate()
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.tensor_parallel.random as random
+    import megatron.training.training as training
+
+    saved = training.initialize_megatron, random._set_cuda_rng_state, dataset_utils.compile_helpers
+    training.initialize_megatron = lambda **kwargs: saved[0](allow_no_cuda=True, **kwargs)
+    random._set_cuda_rng_state = cpu.set_rng_state
+    dataset_utils.compile_helpers = lambda: None
+    yield
+    training.initialize_megatron, random._set_cuda_rng_state, dataset_utils.compile_helpers = saved
+    cpu.deactivate()
+
+
+@contextlib.contextmanager
+def _measured_memory(result: TrainingResult, training: Any, models: list[Any]) -> Iterator[None]:
+    """Measure the peak of what autograd holds for backwards, and of tensors as large as all weights of the stage.
+
+    Saved tensors count once per storage, and without the weights, which they share. Tensors are counted after each
+    train_step, which under paci is with micro-batches in flight.
+    """
+    held: Counter[int] = Counter()  # saved tensors by storage
+    sizes: dict[int, int] = {}
+    weights: set[int] = set()
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            self.key = tensor.untyped_storage().data_ptr()
+            if self.key not in weights:
+                held[self.key] += 1
+                sizes[self.key] = tensor.untyped_storage().nbytes()
+                result.peak_saved_bytes = max(result.peak_saved_bytes, sum(sizes.values()))
+
+        def __del__(self) -> None:
+            if self.key in held:
+                held[self.key] -= 1
+                if not held[self.key]:
+                    del held[self.key], sizes[self.key]
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        if not weights:
+            weights.update(p.untyped_storage().data_ptr() for model in models for p in model.parameters())
+        returned = original(*args, **kwargs)
+        gc.collect()
+        largest = max(p.numel() for model in models for p in model.parameters())
+        storages = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in gc.get_objects()
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= 4 * largest
+        } - earlier.keys()
+        result.peak_weight_sized_tensors = max(result.peak_weight_sized_tensors, len(storages))
+        return returned
+
+    # What earlier runs in this process have left does not count. Held, so that no new tensor takes its place.
+    gc.collect()
+    left = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+    earlier = {tensor.untyped_storage().data_ptr(): tensor for tensor in left}
+    original, training.train_step = training.train_step, train_step
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        yield
+    training.train_step = original
+
+
+_COLLECTIVES = (
+    "allgather",
+    "_allgather_base",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "gather",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor_coalesced",
+    "scatter",
+)
+
+
+@contextlib.contextmanager
+def _counted_collectives(result: TrainingResult, training: Any) -> Iterator[None]:
+    """Count the collectives on groups of ranks of more than one stage, while no drain permits them.
+
+    Under 1F1B, which has no state in flight between iterations, what counts is every collective from the second
+    iteration's train_step to the end of the last one. Counted on the process group class itself, so that no alias
+    escapes.
+    """
+    from megatron.core import parallel_state
+
+    from paci_megatron.host import context as contexts
+
+    counts: Counter[str] = Counter()
+    process_group = dist.ProcessGroup
+    originals = {name: getattr(process_group, name) for name in _COLLECTIVES}
+    stages: dict[int, int] = {}
+    inside_flush_step = False
+
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        built = original_setup(*args, **kwargs)
+        mine = {dist.get_rank(): parallel_state.get_pipeline_model_parallel_rank()}
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+        for other in everyones:
+            stages.update(other)
+        return built
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside_flush_step
+        inside_flush_step = contexts.current() is None
+        returned = original_train_step(*args, **kwargs)
+        inside_flush_step = False
+        return returned
+
+    def forbidden_now() -> bool:
+        context = contexts.current()
+        return inside_flush_step if context is None else not context.is_drained()
+
+    def counting(name: str) -> Any:
+        def collective(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if forbidden_now():
+                spanned = {stages[rank] for rank in dist.get_process_group_ranks(group)}
+                if len(spanned) > 1:
+                    counts[name] += 1
+                else:
+                    result.collectives_within_stage += 1
+            return originals[name](group, *args, **kwargs)
+
+        return collective
+
+    original_setup, training.setup_model_and_optimizer = training.setup_model_and_optimizer, setup
+    original_train_step, training.train_step = training.train_step, train_step
+    for name in _COLLECTIVES:
+        setattr(process_group, name, counting(name))
+    yield
+    for name, original in originals.items():
+        setattr(process_group, name, original)
+    training.setup_model_and_optimizer, training.train_step = original_setup, original_train_step
+    result.collectives = dict(counts)

@@ -1,0 +1,77 @@
+"""Invariants of whole training runs on processes, against Megatron's own schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paci_megatron.plan.schedules import max_drift, max_in_flight
+
+from .helpers import PACI, GetPool, arguments, assert_same_bits
+
+
+@pytest.mark.parametrize(("num_stages", "a"), [(2, 1), (2, 2), (2, 3), (4, 1), (4, 3), (4, 6)])
+def test_drain_at_every_update_is_megatrons_flush_bit_for_bit(pool: GetPool, corpus: str, num_stages: int, a: int) -> None:
+    workers = pool(num_stages)
+    flush = workers.run("train", argv=arguments(corpus, num_stages, a))
+    drained = workers.run("train", argv=[*arguments(corpus, num_stages, a), *PACI, "--paci-drain-interval", "1"])
+    assert len(flush[-1].losses) == 6
+    assert len(flush[-1].evaluations) == 2
+    assert_same_bits(flush, drained)
+
+
+def test_without_the_flag_training_is_bare_megatron_bit_for_bit(pool: GetPool, corpus: str, tmp_path: Path) -> None:
+    workers = pool(2)
+    on_cpu = [
+        *("--distributed-backend", "gloo", "--transformer-impl", "local", "--attention-backend", "unfused"),
+        *("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-bias-gelu-fusion"),
+        *("--no-bias-dropout-fusion", "--no-persist-layer-norm", "--no-rope-fusion", "--no-bias-swiglu-fusion"),
+    ]
+    bare = workers.run("train", argv=[*arguments(corpus, 2, 2), *on_cpu], plugin=False)
+    plugged = workers.run("train", argv=[*arguments(corpus, 2, 2), "--paci-metrics-file", str(tmp_path / "metrics.jsonl")])
+    assert_same_bits(bare, plugged)
+
+
+@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 2)])
+def test_same_run_twice_gives_the_same_bits_and_differs_from_flush(
+    pool: GetPool, corpus: str, num_stages: int, a: int
+) -> None:
+    workers = pool(num_stages)
+    once, again = (workers.run("train", argv=[*arguments(corpus, num_stages, a), *PACI]) for _ in range(2))
+    assert_same_bits(once, again)
+    flush = workers.run("train", argv=arguments(corpus, num_stages, a))
+    assert once[-1].losses[0] == flush[-1].losses[0], "the first window has seen no update"
+    assert once[-1].losses != flush[-1].losses, "no drift: paci did not run ahead"
+
+
+@pytest.mark.parametrize(("num_stages", "dp"), [(2, 1), (4, 1), (2, 2)])
+def test_no_collective_crosses_stages_between_drains(pool: GetPool, corpus: str, num_stages: int, dp: int) -> None:
+    workers = pool(num_stages * dp)
+    argv = arguments(corpus, num_stages, 2, "--eval-interval", "6", iters=12, dp=dp)
+    argv[argv.index("--clip-grad") + 1] = "1.0"
+    paci = workers.run("train", argv=[*argv, *PACI, "--paci-clip-mode", "stage"], count_collectives=True)
+    assert [result.collectives for result in paci] == [{}] * len(paci)
+    # The same counter on Megatron's own train step finds what there is to find.
+    flush = workers.run("train", argv=argv, count_collectives=True)
+    assert all(sum(result.collectives.values()) >= 12 for result in flush)
+    if dp > 1:
+        assert all(result.collectives_within_stage >= 12 for result in paci), "gradients are still reduced over replicas"
+
+
+@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 2), (4, 4)])
+def test_measured_drift_and_in_flight_are_the_schedules(
+    pool: GetPool, corpus: str, tmp_path: Path, num_stages: int, a: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    argv = arguments(corpus, num_stages, a, "--eval-interval", "6", iters=12)
+    pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-metrics-file", str(path)])
+    drains = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "drain"]
+    assert [event["iteration"] for event in drains] == [6, 12]
+    for event in drains:
+        for stage, report in enumerate(event["stages"]):
+            assert report["updates"] == 6
+            assert report["max_drift"] == max_drift(stage, num_stages, a)
+            assert report["max_in_flight"] == max_in_flight(stage, num_stages)
+            assert 0 <= report["bubble_fraction"] <= 1
