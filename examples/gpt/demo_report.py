@@ -1,0 +1,187 @@
+"""What the demo's two runs show: a summary from their metrics files, a table and the curves."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+Event = dict[str, Any]
+
+SCHEDULES = ("1f1b", "paci")
+NAMES = {"1f1b": "1F1B-flush", "paci": "PACI"}
+COLOURS = {"1f1b": "#0072B2", "paci": "#D55E00"}
+
+
+class Interval(NamedTuple):
+    """The iterations after ``start`` up to and including ``end``, of one log line."""
+
+    start: int
+    end: int
+    tokens: int
+    seconds: float
+
+
+class Evaluation(NamedTuple):
+    """Perplexity on the held-out documents after ``tokens`` tokens and ``train_s`` seconds of training."""
+
+    iteration: int
+    tokens: int
+    train_s: float
+    perplexity: float
+
+
+def _named(events: Iterable[Event], name: str) -> list[Event]:
+    return [event for event in events if event["event"] == name]
+
+
+def log_intervals(events: list[Event]) -> list[Interval]:
+    """The run's log intervals, in order."""
+    intervals = []
+    tokens = 0
+    for event in _named(events, "train"):
+        end, count = event["iteration"], event["iterations"]
+        seconds = count * event["ms_per_iteration"] / 1000
+        intervals.append(Interval(end - count, end, event["tokens"] - tokens, seconds))
+        tokens = event["tokens"]
+    return intervals
+
+
+def steady_intervals(events: list[Event]) -> list[Interval]:
+    """The log intervals in which the pipeline neither fills nor runs empty.
+
+    The pipeline fills at the start (the first iteration is logged by itself) and after each drain, and runs empty at
+    each drain. The same intervals are left out for 1F1B-flush, which does both in every iteration, so that the two
+    schedules are timed over the same iterations.
+    """
+    boundaries = {0, 1} | {event["iteration"] for event in _named(events, "drain")}
+    return [i for i in log_intervals(events) if not any(i.start <= b <= i.end for b in boundaries)]
+
+
+def tokens_per_second(events: list[Event]) -> float:
+    """Training speed in steady state: all tokens over all seconds. ``ValueError`` if no interval is steady."""
+    intervals = steady_intervals(events)
+    if not intervals:
+        raise ValueError("no log interval lies strictly between two drains: train for more iterations")
+    return sum(i.tokens for i in intervals) / sum(i.seconds for i in intervals)
+
+
+def evaluations(events: list[Event]) -> list[Evaluation]:
+    """The evaluations in order, one an iteration.
+
+    Megatron evaluates twice after the last iteration, on different samples of the same size: their losses are averaged.
+    """
+    by_iteration: dict[int, list[Event]] = defaultdict(list)
+    for event in _named(events, "evaluation"):
+        by_iteration[event["iteration"]].append(event)
+    return [
+        Evaluation(iteration, same[0]["tokens"], same[0]["train_s"], math.exp(fmean(event["loss"] for event in same)))
+        for iteration, same in by_iteration.items()
+    ]
+
+
+def summarize_run(events: list[Event]) -> dict[str, Any]:
+    """One schedule's figures. ``train_seconds`` is all of training without evaluations, ``tokens_per_second`` the speed
+    in steady state, ``bubble_fraction`` the mean over time and stages, fills and drains included.
+    """
+    train, drains = _named(events, "train"), _named(events, "drain")
+    if not (train and drains and train[0]["iteration"] == 1 and _named(events, "evaluation")):
+        raise ValueError("incomplete metrics: expected the first iteration, an evaluation and a drain")
+    stages = [stage for drain in drains for stage in drain["stages"]]
+    wall_s = sum(stage["wall_s"] for stage in stages)
+    return {
+        "validation_ppl": evaluations(events)[-1].perplexity,
+        "initial_ppl": math.exp(train[0]["loss"]),  # the loss of the first iteration precedes the first update
+        "tokens": train[-1]["tokens"],
+        "train_seconds": train[-1]["train_s"],
+        "tokens_per_second": tokens_per_second(events),
+        "iterations": train[-1]["iteration"],
+        "max_drift": max(stage["max_drift"] for stage in stages),
+        "bubble_fraction": sum(stage["bubble_fraction"] * stage["wall_s"] for stage in stages) / wall_s,
+    }
+
+
+def summarize(runs: dict[str, list[Event]], num_stages: int, microbatches_per_update: int) -> dict[str, Any]:
+    """The content of ``summary.json`` from each schedule's events.
+
+    ``ValueError`` if the two speeds were not measured over the same iterations.
+    """
+    flush, paci = ([(i.start, i.end) for i in steady_intervals(runs[schedule])] for schedule in SCHEDULES)
+    if flush != paci:
+        raise ValueError(f"the runs' steady log intervals differ: {flush} and {paci}")
+    schedules = {schedule: summarize_run(runs[schedule]) for schedule in SCHEDULES}
+    return {
+        "num_stages": num_stages,
+        "microbatches_per_update": microbatches_per_update,
+        "speedup_limit": (microbatches_per_update + num_stages - 1) / microbatches_per_update,
+        "speedup": schedules["paci"]["tokens_per_second"] / schedules["1f1b"]["tokens_per_second"],
+        "schedules": schedules,
+    }
+
+
+_ROWS = (
+    ("validation perplexity", "validation_ppl", "{:.2f}"),
+    ("  at initialisation", "initial_ppl", "{:,.0f}"),
+    ("tokens trained on", "tokens", "{:,}"),
+    ("training time (s)", "train_seconds", "{:.1f}"),
+    ("tokens/s in steady state", "tokens_per_second", "{:,.0f}"),
+    ("max drift (updates)", "max_drift", "{}"),
+    ("bubble, measured", "bubble_fraction", "{:.1%}"),
+)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people: both schedules side by side, then the speed-up beside its limit."""
+    lines = [f"{'':26}" + "".join(f"{NAMES[schedule]:>14}" for schedule in SCHEDULES)]
+    for label, key, form in _ROWS:
+        values = (form.format(summary["schedules"][schedule][key]) for schedule in SCHEDULES)
+        lines.append(f"{label:26}" + "".join(f"{value:>14}" for value in values))
+    num_stages, a = summary["num_stages"], summary["microbatches_per_update"]
+    lines.append("")
+    lines.append(
+        f"speed-up {summary['speedup']:.2f}x; the bubble alone accounts for at most (a+N-1)/a = "
+        f"{summary['speedup_limit']:.2f}x with N={num_stages} stages and a={a} micro-batches per update"
+    )
+    return "\n".join(lines)
+
+
+def plot_curves(runs: dict[str, list[Event]], summary: dict[str, Any], path: Path) -> None:
+    """Write the picture: validation perplexity against training time and against tokens, both schedules."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    figure, (by_time, by_tokens) = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    for schedule, style in zip(SCHEDULES, ("o-", "s--"), strict=True):
+        points = evaluations(runs[schedule])
+        perplexities = [point.perplexity for point in points]
+        look = {"color": COLOURS[schedule], "label": NAMES[schedule], "markersize": 5, "linewidth": 1.8}
+        by_time.plot([point.train_s for point in points], perplexities, style, **look)
+        by_tokens.plot([point.tokens / 1000 for point in points], perplexities, style, **look)
+    by_time.set(xlabel="training time without evaluations (s)", ylabel="validation perplexity", yscale="log")
+    by_tokens.set(xlabel="tokens trained on (thousands)")
+    ticks = perplexity_ticks(*by_time.get_ylim())
+    by_time.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    by_time.yaxis.set_minor_locator(NullLocator())
+    for axes in (by_time, by_tokens):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    num_stages, a = summary["num_stages"], summary["microbatches_per_update"]
+    figure.suptitle(f"{num_stages} stages, {a} micro-batches per update: speed-up {summary['speedup']:.2f}x")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def perplexity_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high], denser where the range is less than a decade."""
+    digits = (1, 2, 5) if high >= 10 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
