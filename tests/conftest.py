@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def _pools() -> Iterator[dict[int, Pool]]:
         pool.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pool(_pools: dict[int, Pool]) -> Callable[[int], Pool]:
     """``pool(world_size)``: the session's worker processes for that many ranks, started on first use."""
 
@@ -34,6 +35,26 @@ def pool(_pools: dict[int, Pool]) -> Callable[[int], Pool]:
         return _pools[world_size]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Callable[..., Any]]:
+    """``one_process(argv, job="train")``: the result of a worker beside the pool. Each run is made once."""
+    worker: Pool | None = None
+    done: dict[str, Any] = {}
+
+    def run(argv: list[str], job: str = "train") -> Any:
+        nonlocal worker
+        key = " ".join([job, *argv])
+        if key not in done:
+            if worker is None or worker.is_closed:
+                worker = Pool(1)
+            (done[key],) = worker.run(job, argv=argv)
+        return done[key]
+
+    yield run
+    if worker is not None:
+        worker.close()
 
 
 @pytest.fixture(scope="session")

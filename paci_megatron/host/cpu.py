@@ -200,6 +200,11 @@ def set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = Fa
     torch.default_generator.set_state(state)
 
 
+def cpu_generator(original: Callable[..., Any]) -> Callable[..., None]:
+    """What stands in the place of Megatron's function that sets the device's generator."""
+    return set_rng_state
+
+
 def _seed(seed: int) -> None:
     # Not torch.manual_seed: that one calls torch.cuda.manual_seed_all, which is _seed_all.
     torch.default_generator.manual_seed(seed)
@@ -241,6 +246,16 @@ def norm_within_sequence_parallel(original: Callable[..., Any]) -> Callable[...,
         return norm
 
     return __new__
+
+
+def already_on_host(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of the function that copies the expert router's counts to the host: they are there."""
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return maybe_move_tensor_to_cpu
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:

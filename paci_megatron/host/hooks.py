@@ -386,11 +386,3 @@ def compiled_in_the_wheel(original: Function) -> Function:
             original()
 
     return compile_helpers
-
-
-def cpu_generator(original: Function) -> Function:
-    return cpu.set_rng_state
-
-
-def norm_within_sequence_parallel(original: Function) -> Function:
-    return cpu.norm_within_sequence_parallel(original)

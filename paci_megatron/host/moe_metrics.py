@@ -26,6 +26,7 @@ class DrainedMoEMetrics(MoEMetricsTracker):
         if not self._is_drained():
             return ""
         kwargs["total_loss_dict"] = None  # which would average over the log interval instead
+        kwargs["pg_collection"] = None  # this process's groups: an emulated stage's place in the pipeline is none
         text = super().report(loss_scale / self._iterations, *args, **kwargs)
         self._iterations = 0
         return text

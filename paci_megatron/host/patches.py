@@ -29,7 +29,7 @@ class PatchPoint:
     replacement: str
     parameters: str
     reason: str
-    cpu_only: bool = False
+    cpu_only: bool = False  # from cpu.py instead of hooks.py, and only where there is no CUDA device
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -214,6 +214,14 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "dropout draws from the CPU's generator",
         cpu_only=True,
     ),
+    PatchPoint(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        "already_on_host",
+        "tensor as_numpy record_stream",
+        "lets --moe-token-dispatcher-type alltoall run without CUDA",
+        cpu_only=True,
+    ),
 )
 
 logger = logging.getLogger(__name__)
@@ -237,7 +245,8 @@ def install() -> None:
 
     for point, (owner, name, original) in zip(points, targets, strict=True):
         _installed.append((owner, name, original))
-        setattr(owner, name, getattr(hooks, point.replacement)(original))
+        factory = getattr(cpu if point.cpu_only else hooks, point.replacement)
+        setattr(owner, name, factory(original))
         if os.environ.get("RANK", "0") == "0":
             logger.info("%s: %s", point, point.reason)
 

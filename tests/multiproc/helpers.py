@@ -10,6 +10,7 @@ from .jobs import TrainingResult
 from .pool import Pool
 
 GetPool = Callable[[int], Pool]
+OneProcess = Callable[..., TrainingResult]
 PACI = ["--pipeline-schedule", "paci"]
 
 
@@ -44,6 +45,36 @@ def arguments(
         *("--pipeline-model-parallel-size", str(num_stages)),
         *more,
     ]
+
+
+def emulated(argv: list[str]) -> list[str]:
+    """The same run with its stages in one process."""
+    at = argv.index("--pipeline-model-parallel-size")
+    return [*argv[:at], *argv[at + 2 :], "--paci-emulate-stages", argv[at + 1]]
+
+
+def without(argv: list[str], *flags: str) -> list[str]:
+    """``argv`` without these flags and their values."""
+    for flag in flags:
+        at = argv.index(flag)
+        argv = [*argv[:at], *argv[at + 2 :]]
+    return argv
+
+
+def assert_same_weights(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
+    """The weights of all stages agree in every bit."""
+    for stage, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert a.keys() == b.keys() and a
+        for name in a:
+            assert np.array_equal(a[name], b[name]), f"stage {stage}, {name}"
+
+
+def assert_same_run(processes: list[TrainingResult], one: TrainingResult) -> None:
+    """Every loss, evaluation and final weight of the processes is the emulation's, in every bit."""
+    assert one.losses and len(one.evaluations) >= 2
+    assert processes[-1].losses == one.losses
+    assert processes[-1].evaluations == one.evaluations
+    assert_same_weights([process.weights for process in processes], one.stage_weights)
 
 
 def assert_same_bits(left: list[TrainingResult], right: list[TrainingResult]) -> None:

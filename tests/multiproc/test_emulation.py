@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from .helpers import PACI, GetPool, arguments
-from .jobs import TrainingResult
-from .pool import Pool
+from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, assert_same_weights, emulated
 
 SIZES = [(num_stages, a) for num_stages in (2, 4) for a in (1, 2, 3, 8)]
 
 
 def emulation(corpus: str, num_stages: int, a: int, *more: str, **settings: Any) -> list[str]:
     """The arguments of a run with its stages in one process."""
-    argv = arguments(corpus, num_stages, a, *more, **settings)
-    argv[argv.index("--pipeline-model-parallel-size") + 1] = "1"
-    return [*argv, "--paci-emulate-stages", str(num_stages)]
+    return emulated(arguments(corpus, num_stages, a, *more, **settings))
 
 
 def without_dropout(argv: list[str], num_layers: int) -> list[str]:
@@ -29,57 +23,22 @@ def without_dropout(argv: list[str], num_layers: int) -> list[str]:
     return [*argv, *off]
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[Callable[..., TrainingResult]]:
-    """Run a job in a process of its own, which stays for the module; each run is made once."""
-    pool = Pool(1)
-    done: dict[str, TrainingResult] = {}
-
-    def run(argv: list[str], job: str = "train") -> TrainingResult:
-        key = " ".join([job, *argv])
-        if key not in done:
-            (done[key],) = pool.run(job, argv=argv)
-        return done[key]
-
-    yield run
-    pool.close()
-
-
-def assert_same_run(processes: list[TrainingResult], one: TrainingResult) -> None:
-    """Every loss, evaluation and final weight of the processes is the emulation's, in every bit."""
-    assert len(one.losses) == 6 and len(one.evaluations) == 2
-    assert processes[-1].losses == one.losses
-    assert processes[-1].evaluations == one.evaluations
-    assert_same_weights([process.weights for process in processes], one.stage_weights)
-
-
-def assert_same_weights(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
-    for stage, (a, b) in enumerate(zip(left, right, strict=True)):
-        assert a.keys() == b.keys() and a
-        for name in a:
-            assert np.array_equal(a[name], b[name]), f"stage {stage}, {name}"
-
-
 @pytest.mark.parametrize(("num_stages", "a"), SIZES)
-def test_emulated_stages_are_processes(
-    pool: GetPool, corpus: str, one_process: Callable[..., TrainingResult], num_stages: int, a: int
-) -> None:
+def test_emulated_stages_are_processes(pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int, a: int) -> None:
     processes = pool(num_stages).run("train", argv=[*arguments(corpus, num_stages, a), *PACI])
     assert_same_run(processes, one_process([*emulation(corpus, num_stages, a), *PACI]))
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_emulated_flush_is_megatrons_on_processes(
-    pool: GetPool, corpus: str, one_process: Callable[..., TrainingResult], num_stages: int
+    pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int
 ) -> None:
     processes = pool(num_stages).run("train", argv=arguments(corpus, num_stages, 3))
     assert_same_run(processes, one_process(emulation(corpus, num_stages, 3)))
 
 
 @pytest.mark.parametrize(("stages", "a"), [*SIZES, (8, 1), (8, 4), (8, 8), (16, 3), (16, 16)])
-def test_emulated_stages_are_the_reference(
-    corpus: str, one_process: Callable[..., TrainingResult], stages: int, a: int
-) -> None:
+def test_emulated_stages_are_the_reference(corpus: str, one_process: OneProcess, stages: int, a: int) -> None:
     argv = without_dropout([*emulation(corpus, stages, a), *PACI], num_layers=max(stages, 4))
     run, reference = one_process(argv), one_process(argv, job="train_by_reference")
     assert len(run.losses) == 6 and run.losses == reference.losses
@@ -87,7 +46,7 @@ def test_emulated_stages_are_the_reference(
 
 
 def test_checkpoints_of_emulated_stages_and_processes_are_the_same(
-    pool: GetPool, corpus: str, one_process: Callable[..., TrainingResult], tmp_path: Path
+    pool: GetPool, corpus: str, one_process: OneProcess, tmp_path: Path
 ) -> None:
     resumable = ["--save-interval", "3", "--override-opt-param-scheduler", *PACI]
 
@@ -102,6 +61,6 @@ def test_checkpoints_of_emulated_stages_and_processes_are_the_same(
     assert_same_weights([r.weights for r in resumed], [r.weights for r in whole])
 
     pool(2).run("train", argv=[*arguments(corpus, 2, 2, iters=3), *saving("processes")])
-    emulated = one_process([*emulation(corpus, 2, 2), *resumable, "--load", str(tmp_path / "processes")])
-    assert emulated.losses == whole[-1].losses[3:]
-    assert_same_weights(emulated.stage_weights, [r.weights for r in whole])
+    in_one = one_process([*emulation(corpus, 2, 2), *resumable, "--load", str(tmp_path / "processes")])
+    assert in_one.losses == whole[-1].losses[3:]
+    assert_same_weights(in_one.stage_weights, [r.weights for r in whole])

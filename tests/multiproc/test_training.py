@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,18 +62,29 @@ def test_no_collective_crosses_stages_between_drains(pool: GetPool, corpus: str,
         assert all(result.collectives_within_stage >= 12 for result in paci), "gradients are still reduced over replicas"
 
 
-@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 2), (4, 4)])
+def drains(pool: GetPool, corpus: str, path: Path, num_stages: int, a: int, interval: int) -> list[dict[str, Any]]:
+    """What each stage measured up to each drain of a run of 12 updates that drains after every ``interval``."""
+    argv = arguments(corpus, num_stages, a, "--eval-interval", str(interval), iters=12)
+    pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-metrics-file", str(path)])
+    events = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "drain"]
+    assert [event["iteration"] for event in events] == list(range(interval, 13, interval))
+    return events
+
+
+@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 1), (4, 2), (4, 4)])
 def test_measured_drift_and_in_flight_are_the_schedules(
     pool: GetPool, corpus: str, tmp_path: Path, num_stages: int, a: int
 ) -> None:
-    path = tmp_path / "metrics.jsonl"
-    argv = arguments(corpus, num_stages, a, "--eval-interval", "6", iters=12)
-    pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-metrics-file", str(path)])
-    drains = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "drain"]
-    assert [event["iteration"] for event in drains] == [6, 12]
-    for event in drains:
+    by_six = drains(pool, corpus, tmp_path / "six.jsonl", num_stages, a, interval=6)
+    for event in by_six:
         for stage, report in enumerate(event["stages"]):
             assert report["updates"] == 6
             assert report["max_drift"] == max_drift(stage, num_stages, a)
             assert report["max_in_flight"] == max_in_flight(stage, num_stages)
             assert 0 <= report["bubble_fraction"] <= 1
+    # Filling and draining cost the same drift in 12 updates as in 6, so what 12 have more is 6 updates of steady state.
+    (by_twelve,) = drains(pool, corpus, tmp_path / "twelve.jsonl", num_stages, a, interval=12)
+    for stage, (long, short) in enumerate(zip(by_twelve["stages"], by_six[0]["stages"], strict=True)):
+        total = 12 * a * long["mean_drift"] - 6 * a * short["mean_drift"]
+        steady = Fraction(total).limit_denominator(1000) / (6 * a)
+        assert steady == Fraction(num_stages - 1 - stage, a), f"stage {stage}"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from paci_megatron.config import ConfigError
+from paci_megatron.host.capabilities import check_installed, has_transformer_engine
 from paci_megatron.host.inputs import check_inputs, exit_on_config_error
 
 
@@ -77,3 +78,10 @@ def copied(prefix: str, folder: Path) -> str:
     for ending in (".bin", ".idx"):
         (folder / f"data{ending}").write_bytes(Path(prefix + ending).read_bytes())
     return str(folder / "data")
+
+
+@pytest.mark.skipif(has_transformer_engine(), reason="then it is possible")
+def test_context_parallelism_needs_transformer_engine() -> None:
+    check_installed(argparse.Namespace(context_parallel_size=1))
+    with pytest.raises(ConfigError, match=r"--context-parallel-size 2 needs Transformer Engine.*--sequence-parallel"):
+        check_installed(argparse.Namespace(context_parallel_size=2))
