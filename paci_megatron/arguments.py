@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .config import CLIP_MODES, SCHEDULES
+from .config import CLIP_MODES, SCHEDULES, WEIGHT_POLICIES
 
 
 def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -31,6 +31,14 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="UPDATES",
         help="Run the pipeline empty after every so many updates, besides evaluations, checkpoints and the end. 1 "
         "makes paci the same computation as 1f1b. Default: never.",
+    )
+    group.add_argument(
+        "--paci-weight-policy",
+        choices=WEIGHT_POLICIES,
+        default="latest",
+        help="Which weights a backward meets, for comparison of methods. latest: the newest, which is PACI. stash: its "
+        "forward's, from copies (PipeDream). double-buffer: all of a window meets the same version, the last but one, from "
+        "one copy (PipeDream-2BW).",
     )
     group.add_argument(
         "--paci-emulate-stages",

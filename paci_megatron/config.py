@@ -9,6 +9,7 @@ from typing import Any
 
 SCHEDULES = ("1f1b", "paci")
 CLIP_MODES = ("stage", "none")
+WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 
 
 class ConfigError(ValueError):
@@ -207,6 +208,7 @@ class PaciConfig:
     clip_mode: str = "none"
     drain_interval: int | None = None
     extra_in_flight: int = 0
+    weight_policy: str = "latest"
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PaciConfig:
@@ -235,12 +237,23 @@ class PaciConfig:
         if args.paci_drain_interval is not None and args.paci_drain_interval < 1:
             raise ConfigError(f"--paci-drain-interval {args.paci_drain_interval}: must be at least 1 update.")
         _check_layout(args)
+        _check_weight_policy(args)
         return cls(
             num_stages,
             schedule=args.pipeline_schedule,
             emulates=args.paci_emulate_stages is not None,
             clip_mode=_clip_mode(args),
             drain_interval=args.paci_drain_interval,
+            weight_policy=args.paci_weight_policy,
+        )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """``ConfigError`` if an option of PACI is given that the schedule would not use."""
+    if args.paci_weight_policy != "latest" and args.pipeline_schedule != "paci":
+        raise ConfigError(
+            f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "
+            "pipeline has one weight version. Add --pipeline-schedule paci, or remove the flag."
         )
 
 
@@ -279,6 +292,25 @@ def _check_layout(args: argparse.Namespace) -> None:
                 f"--pipeline-model-parallel-layout {text} leaves stage {stage} empty: it would only pass tensors "
                 "on. Give it a layer, or use fewer stages."
             )
+
+
+def _check_weight_policy(args: argparse.Namespace) -> None:
+    """``ConfigError`` if double-buffer, which holds two versions of the weights, would need a third."""
+    if args.paci_weight_policy != "double-buffer":
+        return
+    num_stages = args.pipeline_model_parallel_size
+    if args.step_batch_size_schedule is not None:
+        raise ConfigError(
+            "--paci-weight-policy double-buffer needs the same number of micro-batches in every update. Remove "
+            "--step-batch-size-schedule."
+        )
+    a = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    if a < num_stages - 1:
+        raise ConfigError(
+            f"--paci-weight-policy double-buffer with {num_stages} stages and {a} micro-batches per update: two weight "
+            f"versions are enough only with at least {num_stages - 1} micro-batches per update. Raise --global-batch-size "
+            f"to {(num_stages - 1) * args.micro_batch_size * args.data_parallel_size}."
+        )
 
 
 def _clip_mode(args: argparse.Namespace) -> str:

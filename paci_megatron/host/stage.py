@@ -19,6 +19,7 @@ from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.executor import Executor
 from paci_megatron.runtime.links import StageLink
 from paci_megatron.runtime.update import StageUpdate, UpdateResult
+from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
 
 
@@ -76,7 +77,8 @@ class Stage:
         plan = self._plan(index, a, is_drain)
         samples = a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
         update = StageUpdate(self.model, self.optimizer, self.scheduler, self._finalize, samples)
-        self._executor = Executor(plan, self._compute, self._link(), update, self.meter)
+        weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
+        self._executor = Executor(plan, self._compute, self._link(), update, weights, self.meter)
         self._grid = lambda: render_plans(
             [
                 list(takewhile(lambda action: action != Action(Kind.UPDATE, 4), self._plan(stage, a, is_drain)))

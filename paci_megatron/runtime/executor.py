@@ -11,8 +11,9 @@ from paci_megatron.telemetry.meters import StageMeter
 
 from .compute import StageCompute
 from .links import StageLink
-from .state import PipelineState
+from .state import InFlight, PipelineState
 from .update import StageUpdate, UpdateResult
+from .weights import WeightVersions
 
 
 class Executor:
@@ -27,6 +28,7 @@ class Executor:
         compute: StageCompute,
         link: StageLink,
         update: StageUpdate,
+        weights: WeightVersions,
         meter: StageMeter,
     ) -> None:
         self.state = PipelineState()
@@ -34,6 +36,7 @@ class Executor:
         self._compute = compute
         self._link = link
         self._update = update
+        self._weights = weights
         self._meter = meter
         self._next: Action | None = None  # waits for its input
         # Outputs wait here from their forward to their send, the next action.
@@ -72,9 +75,10 @@ class Executor:
 
     def _forward(self, microbatch: int) -> None:
         input_tensor = self._link.receive_forward(microbatch)
-        with self._meter.computing():
+        version = self._weights.for_forward(microbatch)
+        with self._meter.computing(), self._weights.in_place(version):
             output_tensor = self._compute.forward(microbatch, input_tensor)
-        self.state.push(microbatch, input_tensor, output_tensor)
+        self.state.push(InFlight(microbatch, input_tensor, output_tensor, forward_version=version))
         self._meter.count_forward(in_flight=len(self.state.in_flight))
         self._to_send = output_tensor
 
@@ -87,8 +91,9 @@ class Executor:
     def _backward(self, microbatch: int) -> None:
         output_gradient = self._link.receive_backward(microbatch)
         entry = self.state.pop(microbatch)
-        self._meter.count_backward(drift=self.state.updates - entry.forward_version)
-        with self._meter.computing():
+        version = self._weights.for_backward(entry)
+        self._meter.count_backward(drift=version - entry.forward_version)
+        with self._meter.computing(), self._weights.in_place(version):
             self._to_send = self._compute.backward(entry, output_gradient)
 
     def _send_backward(self, microbatch: int) -> None:
@@ -98,7 +103,9 @@ class Executor:
 
     def _apply_update(self) -> UpdateResult:
         with self._meter.computing():
+            self._weights.begin_update(self.state.in_flight)
             result = self._update.apply()
-        self.state.updates += 1
+            self._weights.end_update()
         self._meter.count_update(successful=result.successful)
+        self._meter.count_copies(self._weights.copied_bytes)
         return result

@@ -28,18 +28,17 @@ class PipelineState:
 
     forwards: int = 0
     backwards: int = 0
-    updates: int = 0  # the weight version
     in_flight: deque[InFlight] = field(default_factory=deque)
 
     def is_drained(self) -> bool:
         """Whether nothing is in flight here."""
         return not self.in_flight
 
-    def push(self, microbatch: int, input_tensor: torch.Tensor | None, output_tensor: torch.Tensor) -> None:
+    def push(self, entry: InFlight) -> None:
         """Record a forward; ``RuntimeError`` if it is not the next one."""
-        if microbatch != self.forwards:
-            raise RuntimeError(f"forward of micro-batch {microbatch}, but {self.forwards} is next: a bug in the plan")
-        self.in_flight.append(InFlight(microbatch, input_tensor, output_tensor, self.updates))
+        if entry.microbatch != self.forwards:
+            raise RuntimeError(f"forward of micro-batch {entry.microbatch}, but {self.forwards} is next: a bug in the plan")
+        self.in_flight.append(entry)
         self.forwards += 1
 
     def pop(self, microbatch: int) -> InFlight:

@@ -16,7 +16,10 @@ from paci_megatron.runtime.device import Stopwatch
 
 @dataclass(frozen=True)
 class StageReport:
-    """A stage's figures since the last report. Drift in updates, times in seconds, fractions in [0, 1]."""
+    """A stage's figures since the last report. Drift in updates, times in seconds, fractions in [0, 1].
+
+    ``copied_weight_bytes`` is the most that copies of older weights held; 0 under PACI, see ``--paci-weight-policy``.
+    """
 
     stage_index: int
     updates: int
@@ -26,6 +29,7 @@ class StageReport:
     max_in_flight: int
     bubble_fraction: float
     wall_s: float
+    copied_weight_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
@@ -45,7 +49,6 @@ class StageMeter:
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0
-        self._max_drift = self._max_in_flight = 0
         self.restart()
 
     def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
@@ -85,6 +88,10 @@ class StageMeter:
         self._updates += 1
         self._skipped += not successful
 
+    def count_copies(self, weight_bytes: int) -> None:
+        """Note how much copies of older weights hold."""
+        self._copied_weight_bytes = max(self._copied_weight_bytes, weight_bytes)
+
     def take_report(self) -> StageReport:
         """The figures since the last report; counting starts again from zero."""
         wall_s = time.perf_counter() - self._since
@@ -97,6 +104,7 @@ class StageMeter:
             max_in_flight=self._max_in_flight,
             bubble_fraction=max(1.0 - self._busy.take_s() / wall_s, 0.0),
             wall_s=wall_s,
+            copied_weight_bytes=self._copied_weight_bytes,
         )
         self.restart()
         return report
@@ -105,5 +113,5 @@ class StageMeter:
         """Start counting from zero, now."""
         self._busy.take_s()
         self._updates = self._skipped = self._backwards = self._drift_sum = 0
-        self._max_drift = self._max_in_flight = 0
+        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._since = time.perf_counter()

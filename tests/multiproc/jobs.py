@@ -97,7 +97,7 @@ def train_by_reference(argv: list[str]) -> TrainingResult:
             _reference_stage(unwrap_model(chunk).train(), iterator, a, args.lr, reports)
             for chunk, iterator in zip(model, data, strict=True)
         ]
-        reference.train(stages, a, args.train_iters)
+        reference.train(stages, a, args.train_iters, args.paci_weight_policy)
         windows = torch.stack(reports).view(args.train_iters, a, 2).sum(dim=1)
         result.losses = (windows[:, 0] / windows[:, 1]).tolist()
         return args.train_iters, 0.0

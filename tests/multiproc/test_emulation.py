@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from paci_megatron.plan.schedules import max_drift
+from paci_megatron.telemetry.metrics_file import read_metrics
+
 from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, assert_same_weights, emulated
 
 SIZES = [(num_stages, a) for num_stages in (2, 4) for a in (1, 2, 3, 8)]
@@ -43,6 +46,25 @@ def test_emulated_stages_are_the_reference(corpus: str, one_process: OneProcess,
     run, reference = one_process(argv), one_process(argv, job="train_by_reference")
     assert len(run.losses) == 6 and run.losses == reference.losses
     assert_same_weights(run.stage_weights, reference.stage_weights)
+
+
+@pytest.mark.parametrize(("policy", "stages", "a"), [("stash", 4, 1), ("stash", 4, 3), ("double-buffer", 4, 3)])
+def test_other_weight_policies_are_the_reference(
+    corpus: str, one_process: OneProcess, tmp_path: Path, policy: str, stages: int, a: int
+) -> None:
+    argv = without_dropout([*emulation(corpus, stages, a, "--paci-weight-policy", policy), *PACI], num_layers=4)
+    metrics = tmp_path / "metrics.jsonl"
+    run = one_process([*argv, "--paci-metrics-file", str(metrics)])
+    reference = one_process(argv, job="train_by_reference")
+    paci = one_process(without_dropout([*emulation(corpus, stages, a), *PACI], num_layers=4))
+    assert run.losses == reference.losses != paci.losses
+    assert_same_weights(run.stage_weights, reference.stage_weights)
+    # The last stage has nothing in flight over an update; 2BW copies there too, so that all stages are one version.
+    (drain,) = [event for event in read_metrics(metrics) if event["event"] == "drain"]
+    copies = [max_drift(s, stages, a) if policy == "stash" else 1 for s in range(stages)]
+    for stage, weights, count in zip(drain["stages"], run.stage_weights, copies, strict=True):
+        assert stage["max_drift"] == 0
+        assert stage["copied_weight_bytes"] == count * sum(weight.nbytes for weight in weights.values())
 
 
 def test_checkpoints_of_emulated_stages_and_processes_are_the_same(

@@ -16,6 +16,7 @@ from paci_megatron.config import (
     apply_overrides,
     check_emulation,
     check_flags,
+    check_options,
 )
 
 
@@ -29,6 +30,11 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_clip_mode": None,
         "paci_drain_interval": None,
         "paci_emulate_stages": None,
+        "paci_weight_policy": "latest",
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "data_parallel_size": 2,
+        "step_batch_size_schedule": None,
         "pipeline_schedule": "paci",
         "pipeline_model_parallel_layout": None,
         "num_layers": 8,
@@ -138,3 +144,20 @@ def test_clipping_per_stage_is_accepted() -> None:
     assert PaciConfig.from_args(namespace(clip_grad=1.0, paci_clip_mode="stage")).clip_mode == "stage"
     assert PaciConfig.from_args(namespace(clip_grad=1.0, paci_clip_mode="none")).clip_mode == "none"
     assert PaciConfig.from_args(namespace(clip_grad=0.0, paci_clip_mode="stage")).clip_mode == "none"
+
+
+def test_two_weight_versions_need_enough_microbatches() -> None:
+    assert PaciConfig.from_args(namespace(paci_weight_policy="double-buffer")).weight_policy == "double-buffer"
+    with pytest.raises(ConfigError, match=r"4 stages and 2 micro-batches per update.*Raise --global-batch-size to 12\."):
+        PaciConfig.from_args(namespace(paci_weight_policy="double-buffer", global_batch_size=8))
+    with pytest.raises(ConfigError, match=r"Remove --step-batch-size-schedule"):
+        PaciConfig.from_args(namespace(paci_weight_policy="double-buffer", step_batch_size_schedule="0:4 100:8"))
+
+
+def test_a_weight_policy_needs_the_schedule() -> None:
+    check_options(namespace(paci_weight_policy="stash"))
+    check_options(namespace(pipeline_schedule="1f1b"))
+    with pytest.raises(
+        ConfigError, match=r"--paci-weight-policy stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"
+    ):
+        check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))
