@@ -27,6 +27,8 @@ from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
 from .resume import resume_line
 from .stage import Stage
+from .torch_adam import loaded_with_own_step as loaded_with_own_step
+from .torch_adam import with_steps_to_load as with_steps_to_load
 from .train_step import forward_backward_pipelining_paci, train_step
 
 Function = Callable[..., Any]

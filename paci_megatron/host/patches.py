@@ -199,6 +199,20 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "a checkpoint of emulated stages holds them all",
     ),
     PatchPoint(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.sharded_state_dict",
+        "with_steps_to_load",
+        "self model_sharded_state_dict is_loading sharding_type metadata",
+        "without Transformer Engine and Apex it cannot load a checkpoint",
+    ),
+    PatchPoint(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        "loaded_with_own_step",
+        "self model_param tensors",
+        "without Transformer Engine and Apex a loaded optimizer counts each update once for every parameter",
+    ),
+    PatchPoint(
         "megatron.core.transformer.torch_norm",
         "WrappedTorchNorm.__new__",
         "norm_within_sequence_parallel",

@@ -7,6 +7,7 @@ Workers are forked from a server that has imported everything once, so a new poo
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -81,9 +82,12 @@ class Pool:
         return not self._processes
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and the children they have started: Megatron's checkpoints leave one in each."""
         for process in self._processes:
+            assert process.pid is not None
             process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         self._processes.clear()
 
@@ -108,6 +112,7 @@ def _context() -> ForkServerContext:
 
 def _work(rank: int, world_size: int, port: int, connection: Connection) -> None:
     """A worker's life: start the process group, then answer jobs."""
+    os.setsid()  # so that close() reaches its children too
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     os.environ.update(
         RANK=str(rank),
