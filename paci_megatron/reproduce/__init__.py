@@ -1,0 +1,1 @@
+"""The paper's study as a list of trainings, run, resumed and reported by ``tools/reproduce_paper.py``."""

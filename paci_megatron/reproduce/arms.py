@@ -1,0 +1,246 @@
+"""What is trained: arms, and the ready sets of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class StudyError(Exception):
+    """A study that cannot run as asked; the message names the value, the constraint and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One setting, trained with several seeds. ``batch_size`` in sequences; extra arms come after a study's main ones."""
+
+    schedule: str
+    microbatches_per_update: int
+    batch_size: int
+    clip_grad: float = 0.0
+    recompute: bool = False
+    weight_policy: str = "latest"
+    is_extra: bool = False
+    max_seeds: int | None = None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in a micro-batch."""
+        return self.batch_size // self.microbatches_per_update
+
+    @property
+    def is_flush(self) -> bool:
+        """Whether this is Megatron's 1F1B-flush."""
+        return self.schedule == "1f1b"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the schedule and the batch distinguishes it."""
+        return not self.clip_grad and not self.recompute and self.weight_policy == "latest"
+
+    @property
+    def name(self) -> str:
+        """The folder's name, and what ``--arms`` selects by: ``paci-b16-a8``, ``flush-b16-a8``, ``paci-b16-a2-clip``."""
+        parts = ["flush" if self.is_flush else "paci", f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
+        parts += ["clip"] * bool(self.clip_grad) + ["recompute"] * self.recompute
+        return "-".join(parts + [self.weight_policy] * (self.weight_policy != "latest"))
+
+    @property
+    def title(self) -> str:
+        """The name in figures."""
+        return f"{'1F1B-flush' if self.is_flush else 'PACI'} a={self.microbatches_per_update}"
+
+    def max_drift(self, num_stages: int) -> int:
+        """The bound on any micro-batch's drift, in updates; the first stage reaches it."""
+        return 0 if self.is_flush else math.ceil((num_stages - 1) / self.microbatches_per_update)
+
+    def mean_drift(self, num_stages: int) -> float:
+        """The mean drift over stages and micro-batches in steady state: (N-1)/(2a)."""
+        return 0.0 if self.is_flush else (num_stages - 1) / (2 * self.microbatches_per_update)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A set of arms and what they have in common. ``flags`` are Megatron's; None for those without a value.
+
+    Every arm evaluates and saves at the same ``num_periods`` numbers of tokens, and so drains there.
+    """
+
+    name: str
+    num_stages: int
+    is_emulated: bool
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    seq_length: int
+    tokens: int
+    peak_lr: float
+    lr_batch_size: int
+    flags: Mapping[str, Any]
+    num_periods: int = 8
+    logs_per_period: int = 5
+    vocab_size: int | None = None
+    held_out_fraction: float = 0.02
+    is_paper: bool = False
+    eval_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm.batch_size % arm.microbatches_per_update:
+                raise StudyError(
+                    f"arm {arm.name}: a batch of {arm.batch_size} sequences has no {arm.microbatches_per_update} equal "
+                    "micro-batches; choose a number that divides it"
+                )
+        if self.tokens < 1 or self.tokens % self.tokens_unit:
+            raise StudyError(
+                f"{self.tokens} tokens: all arms must evaluate at the same tokens, so take a multiple of {self.tokens_unit}"
+            )
+
+    @property
+    def tokens_unit(self) -> int:
+        """What the number of tokens must be a multiple of, for equal evaluations and log lines in all arms."""
+        largest = math.lcm(*(arm.batch_size for arm in self.arms))
+        return largest * self.seq_length * self.num_periods * self.logs_per_period
+
+    def train_iters(self, arm: Arm) -> int:
+        """The arm's updates."""
+        return self.tokens // (arm.batch_size * self.seq_length)
+
+    def lr(self, arm: Arm) -> float:
+        """The arm's peak learning rate, which goes with the square root of its batch."""
+        return float(f"{self.peak_lr * math.sqrt(arm.batch_size / self.lr_batch_size):.6g}")
+
+    def runs(self) -> Iterator[tuple[Arm, int]]:
+        """Every arm and seed in the order to run them: seed after seed, each with the main arms first."""
+        for index, seed in enumerate(self.seeds):
+            for arm in sorted(self.arms, key=lambda arm: arm.is_extra):
+                if arm.max_seeds is None or index < arm.max_seeds:
+                    yield arm, seed
+
+
+def _pairs(batch_sizes: Iterable[int], counts: tuple[int, ...], repeat_flush: bool) -> tuple[Arm, ...]:
+    """Flush and PACI for every batch size and number of micro-batches; the second number comes first.
+
+    Under flush the micro-batches of an update only cut the same batch differently, so losses agree to rounding. Without
+    ``repeat_flush`` one number of micro-batches has all seeds, and the others are trained once to show it. With measured
+    times all must be.
+    """
+    reference = counts[1]
+    return tuple(
+        Arm(schedule, a, batch, max_seeds=1 if schedule == "1f1b" and a != reference and not repeat_flush else None)
+        for batch in batch_sizes
+        for a in sorted(counts, key=lambda a: a != reference)
+        for schedule in ("1f1b", "paci")
+    )
+
+
+_OPTIMIZER: dict[str, Any] = {
+    "lr-decay-style": "cosine",
+    "lr-warmup-fraction": 0.01,
+    "adam-beta1": 0.9,
+    "adam-beta2": 0.95,
+    "adam-eps": 1e-8,
+    "weight-decay": 0.1,
+    "untie-embeddings-and-output-weights": None,
+}
+# Dropout is off: training sees less than one pass, so there is nothing to overfit. Narrow models learn badly from
+# Megatron's default initialisation of 0.02.
+_SMALL: dict[str, Any] = {
+    **_OPTIMIZER,
+    "hidden-dropout": 0.0,
+    "attention-dropout": 0.0,
+    "init-method-std": 0.05,
+    "num-workers": 0,
+}
+
+
+def _extras(batch_size: int) -> tuple[Arm, ...]:
+    """Where drift is large, with and without clipping; recomputation; other weight policies. One seed each."""
+    return (
+        *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
+        Arm("1f1b", 8, batch_size, 1.0, is_extra=True, max_seeds=1),
+        Arm("paci", 4, batch_size, recompute=True, is_extra=True, max_seeds=1),
+    )
+
+
+def _small() -> Study:
+    model = {"num-layers": 8, "hidden-size": 128, "num-attention-heads": 4}
+    return Study(
+        name="small",
+        num_stages=8,
+        is_emulated=True,
+        arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16)),
+        seeds=(1, 2, 3),
+        seq_length=128,
+        tokens=819_200,
+        peak_lr=1e-3,
+        lr_batch_size=16,
+        flags={**_SMALL, **model},
+        logs_per_period=5,
+        vocab_size=2048,
+    )
+
+
+def _processes() -> Study:
+    model = {"num-layers": 3, "account-for-loss-in-pipeline-split": None, "hidden-size": 160, "num-attention-heads": 2}
+    return Study(
+        name="processes",
+        num_stages=2,
+        is_emulated=False,
+        arms=_pairs((8,), (1, 2, 4), repeat_flush=True),
+        seeds=(1, 2, 3),
+        seq_length=128,
+        tokens=819_200,
+        peak_lr=1e-3,
+        lr_batch_size=16,
+        flags={**_SMALL, **model},
+        vocab_size=3072,
+    )
+
+
+def _smoke() -> Study:
+    model = {"num-layers": 2, "hidden-size": 32, "num-attention-heads": 2}
+    return Study(
+        name="smoke",
+        num_stages=2,
+        is_emulated=True,
+        arms=(Arm("1f1b", 2, 4), Arm("paci", 2, 4)),
+        seeds=(1,),
+        seq_length=32,
+        tokens=4 * 32 * 12,
+        peak_lr=1e-2,
+        lr_batch_size=4,
+        flags={**_SMALL, **model},
+        num_periods=3,
+        logs_per_period=2,
+        vocab_size=512,
+        held_out_fraction=0.3,
+    )
+
+
+def _gpt2_medium() -> Study:
+    """The paper's setting. Its updates are rounded to what lets every arm evaluate at the same tokens."""
+    model = {"num-layers": 24, "hidden-size": 1024, "num-attention-heads": 16, "openai-gelu": None, "bf16": None}
+    dropout = {"hidden-dropout": 0.1, "attention-dropout": 0.1}
+    pairs = ((128, 8), (256, 16), (128, 4), (256, 8))
+    return Study(
+        name="gpt2-medium",
+        num_stages=8,
+        is_emulated=False,
+        arms=tuple(Arm(schedule, a, batch) for batch, a in pairs for schedule in ("1f1b", "paci")),
+        seeds=(1, 2, 3),
+        seq_length=1024,
+        tokens=190_000 * 256 * 1024,
+        peak_lr=3e-4,
+        lr_batch_size=256,
+        flags={**_OPTIMIZER, **model, **dropout, "num-workers": 2},
+        num_periods=190,
+        logs_per_period=10,
+        held_out_fraction=0.02,
+        is_paper=True,
+        eval_sequences=2048,
+    )
+
+
+SETS = {"small": _small, "processes": _processes, "smoke": _smoke, "gpt2-medium": _gpt2_medium}
