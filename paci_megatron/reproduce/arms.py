@@ -173,11 +173,10 @@ def _small() -> Study:
         arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16)),
         seeds=(1, 2, 3),
         seq_length=128,
-        tokens=819_200,
+        tokens=655_360,
         peak_lr=1e-3,
         lr_batch_size=16,
         flags={**_SMALL, **model},
-        logs_per_period=5,
         vocab_size=2048,
     )
 

@@ -139,6 +139,7 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         "save-interval": period,
         "eval-global-batch-size": data.eval_sequences,
         "eval-iters": 1,
+        "eval-micro-batch-size": _largest_micro_batch(study),
     }
     if arm.clip_grad and not arm.is_flush:
         flags["paci-clip-mode"] = "stage"
