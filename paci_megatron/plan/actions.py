@@ -2,7 +2,8 @@
 
 A plan is a stream of actions: ``F3`` is the forward of micro-batch 3, ``B3`` its backward, ``U2`` the second update.
 ``RF3``/``SF3`` receive and send the activation of micro-batch 3, ``RB3``/``SB3`` its gradient. Micro-batches count from
-0 and updates from 1, so update k holds micro-batches (k-1)a .. ka-1.
+0 and updates from 1, so update k holds micro-batches (k-1)a .. ka-1. Schedules that PACI is compared with also split the
+backward (``I3`` the gradient of the input, ``W3`` that of the weights) or the stage into chunks (``F3.1`` on chunk 1).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Kind(StrEnum):
@@ -18,6 +20,8 @@ class Kind(StrEnum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT_GRADIENT = "I"
+    WEIGHT_GRADIENT = "W"
     UPDATE = "U"
     RECV_FORWARD = "RF"
     SEND_FORWARD = "SF"
@@ -25,18 +29,25 @@ class Kind(StrEnum):
     SEND_BACKWARD = "SB"
 
 
-_TEXT = re.compile(r"(RF|SF|RB|SB|F|B|U)(\d+)")
+COMPUTE_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.UPDATE)
+"""What a stage computes; the other kinds move things."""
+
+_TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWU])(\d+)(?:\.([1-9]\d*))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a stage. ``index`` is the micro-batch (from 0), or the update (from 1) if ``kind`` is UPDATE."""
+    """One step of a stage. ``index`` is the micro-batch (from 0), or the update (from 1) if ``kind`` is UPDATE.
+
+    ``chunk`` is the part of the stage's model, where a schedule has several; stage s then holds chunks s, N+s, 2N+s ...
+    """
 
     kind: Kind
     index: int
+    chunk: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind.value}{self.index}"
+        return f"{self.kind.value}{self.index}" + (f".{self.chunk}" if self.chunk else "")
 
     @classmethod
     def parse(cls, text: str) -> Action:
@@ -44,7 +55,13 @@ class Action:
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is no action: expected one of {', '.join(Kind)} and a number, like F3")
-        return cls(Kind(match[1]), int(match[2]))
+        return cls(Kind(match[1]), int(match[2]), int(match[3] or 0))
+
+
+@lru_cache(maxsize=1 << 15)
+def shared_action(kind: Kind, index: int, chunk: int = 0) -> Action:
+    """``Action(kind, index, chunk)``, the same object for all stages: a simulation takes millions of them."""
+    return Action(kind, index, chunk)
 
 
 def format_actions(actions: Iterable[Action]) -> str:

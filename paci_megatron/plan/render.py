@@ -1,13 +1,15 @@
-"""Plans as text grids, for people."""
+"""Plans and timelines as text grids, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
-from .actions import Action, Kind
-from .simulate import Costs, simulate
+from .actions import COMPUTE_KINDS, Action
+from .simulate import Costs, Span, StageCosts, simulate
 
-_COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE)
+Timelines = Mapping[str, Sequence[Sequence[Span]]]
+"""For each schedule, by its title, the spans of each stage in order."""
 
 
 def render_plans(plans: Sequence[Sequence[Action]], max_columns: int = 40) -> str:
@@ -15,17 +17,42 @@ def render_plans(plans: Sequence[Sequence[Action]], max_columns: int = 40) -> st
 
     A plan that cannot run to its end is shown as far as it can; the rest of each row follows after ``|`` in plan order.
     """
-    compute = [[action for action in plan if action.kind in _COMPUTE] for plan in plans]
-    timeline = simulate(compute, Costs(forward=1.0, backward=1.0), allow_deadlock=True)
-    width = max((len(str(action)) for plan in compute for action in plan), default=1)
-    rows = []
-    for stage, plan in enumerate(compute):
-        slots: dict[int, str] = {}
-        for span in timeline.spans[stage]:
-            if span.action.kind is not Kind.UPDATE:
-                slots[round(span.start)] = str(span.action)
-        cells = [slots.get(i, ".") for i in range(min(max(slots, default=-1) + 1, max_columns))]
-        stuck = [str(action) for action in plan[len(timeline.spans[stage]) :]][:max_columns]
-        row = " ".join(cell.ljust(width) for cell in cells).rstrip()
-        rows.append(f"stage {stage:>2}: {row}" + (f" | {' '.join(stuck)}" if stuck else ""))
+    chunks = 1 + max((action.chunk for plan in plans for action in plan), default=0)
+    unit = Costs((StageCosts(chunks, chunks),) * len(plans))
+    runs = simulate(plans, unit, chunks=chunks, record=True, allow_deadlock=True).stages
+    rows = _rows([run.spans for run in runs], 1, max_columns)
+    for stage, plan in enumerate(plans):
+        stuck = [str(action) for action in plan if action.kind in COMPUTE_KINDS][len(runs[stage].spans) :]
+        if stuck:
+            rows[stage] += f" | {' '.join(stuck[:max_columns])}"
     return "\n".join(rows)
+
+
+def render_timelines(timelines: Timelines, max_columns: int = 100) -> str:
+    """Each schedule's grid under its title; a column is as long as the shortest action, ``=`` continues an action."""
+    durations_s = [s.end_s - s.start_s for stages in timelines.values() for spans in stages for s in spans]
+    slot_s = min((duration_s for duration_s in durations_s if duration_s > 0), default=1)
+    parts = []
+    for title, stages in timelines.items():
+        parts.append(f"{title}, {slot_s * 1000:g} ms a column")
+        parts += _rows(stages, slot_s, max_columns)
+    return "\n".join(parts)
+
+
+def _rows(stages: Sequence[Sequence[Span]], slot_s: float, max_columns: int) -> list[str]:
+    """A row a stage: in each slot the action at its middle."""
+    width = max((len(str(span.action)) for spans in stages for span in spans), default=1)
+    rows = []
+    for stage, all_spans in enumerate(stages):
+        spans = [span for span in all_spans if span.end_s > span.start_s]
+        starts_s = [span.start_s for span in spans]
+        slots = round(spans[-1].end_s / slot_s) if spans else 0
+        cells, previous = [], -1
+        for slot in range(min(slots, max_columns)):
+            at_s = (slot + 0.5) * slot_s
+            i = bisect_right(starts_s, at_s) - 1
+            idle = i < 0 or spans[i].end_s <= at_s
+            cells.append("." if idle else "=" if i == previous else str(spans[i].action))
+            previous = i
+        rows.append(f"stage {stage:>2}: {' '.join(cell.ljust(width) for cell in cells)}".rstrip())
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from .actions import Action, Kind
+from .actions import Action, Kind, shared_action
 
 IsDrain = Callable[[int], bool]
 """Whether the pipeline runs empty at this update (from 1)."""
@@ -33,20 +33,20 @@ def paci(
     the next one does not lie beyond a drain; otherwise it does a backward, and an update after every
     ``microbatches_per_update`` of them. ``is_drain`` is asked only when the plan reaches the micro-batch in question.
     """
+    a = microbatches_per_update
     in_flight_cap = max_in_flight(stage_index, num_stages, extra_in_flight)
     forwards = backwards = 0
     while True:
-        updates_needed = forwards // microbatches_per_update
-        updates_done = backwards // microbatches_per_update
-        beyond_drain = any(is_drain(update) for update in range(updates_done + 1, updates_needed + 1))
-        if forwards - backwards < in_flight_cap and not beyond_drain:
-            yield Action(Kind.FORWARD, forwards)
+        # Only the first micro-batch of a window can lie beyond a drain that those in flight have not passed.
+        at_boundary = forwards % a == 0 and forwards > backwards
+        if forwards - backwards < in_flight_cap and not (at_boundary and is_drain(forwards // a)):
+            yield shared_action(Kind.FORWARD, forwards)
             forwards += 1
         else:
-            yield Action(Kind.BACKWARD, backwards)
+            yield shared_action(Kind.BACKWARD, backwards)
             backwards += 1
-            if backwards % microbatches_per_update == 0:
-                yield Action(Kind.UPDATE, backwards // microbatches_per_update)
+            if backwards % a == 0:
+                yield shared_action(Kind.UPDATE, backwards // a)
 
 
 def one_f_one_b_flush(stage_index: int, num_stages: int, microbatches_per_update: int) -> Iterator[Action]:
@@ -60,14 +60,14 @@ def one_f_one_b_flush(stage_index: int, num_stages: int, microbatches_per_update
     while True:
         first = update * a
         for i in range(warmup):
-            yield Action(Kind.FORWARD, first + i)
+            yield shared_action(Kind.FORWARD, first + i)
         for i in range(a - warmup):
-            yield Action(Kind.FORWARD, first + warmup + i)
-            yield Action(Kind.BACKWARD, first + i)
+            yield shared_action(Kind.FORWARD, first + warmup + i)
+            yield shared_action(Kind.BACKWARD, first + i)
         for i in range(a - warmup, a):
-            yield Action(Kind.BACKWARD, first + i)
+            yield shared_action(Kind.BACKWARD, first + i)
         update += 1
-        yield Action(Kind.UPDATE, update)
+        yield shared_action(Kind.UPDATE, update)
 
 
 def with_transfers(

@@ -19,8 +19,7 @@ from paci_megatron.plan import (
     validate,
     with_transfers,
 )
-from paci_megatron.plan.schedules import IsDrain, flush_bubble_fraction, max_drift, never, speedup_limit
-from paci_megatron.plan.simulate import Costs, simulate
+from paci_megatron.plan.schedules import IsDrain, max_drift, never
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
 
@@ -86,20 +85,6 @@ def test_drift_reaches_its_bound_and_averages_to_n_minus_1_minus_s_over_a(num_st
         steady = drifts[20 * a :]
         assert max(drifts) == max_drift(stage, num_stages, a) == math.ceil((num_stages - 1 - stage) / a)
         assert sum(steady) * a == (num_stages - 1 - stage) * len(steady)
-
-
-@pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 2), (8, 4), (8, 8), (8, 16), (16, 7)])
-def test_simulated_throughput_and_bubble_are_the_formulas(num_stages: int, a: int) -> None:
-    costs = Costs(forward=1.0, backward=2.0)
-    one_update = a * 3.0
-    flush = simulate([up_to(one_f_one_b_flush(s, num_stages, a), 5) for s in range(num_stages)], costs)
-    assert flush.duration() == pytest.approx(5 * (one_update + (num_stages - 1) * 3.0))
-    assert flush.bubble_fraction(0) == pytest.approx(flush_bubble_fraction(num_stages, a))
-    endless = simulate([up_to(paci(s, num_stages, a, lambda k: k == 50), 50) for s in range(num_stages)], costs)
-    assert endless.duration() == pytest.approx(50 * one_update + (num_stages - 1) * 3.0), (
-        "one fill and drain, no bubble else"
-    )
-    assert (flush.duration() / 5) / one_update == pytest.approx(speedup_limit(num_stages, a))
 
 
 def test_text_form_parses_back() -> None:

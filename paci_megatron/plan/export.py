@@ -1,0 +1,103 @@
+"""Timelines as files for other programs: CSV, Chrome trace, and an HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+
+from .actions import Kind
+from .render import Timelines
+
+COLOURS = {
+    Kind.FORWARD: "#56B4E9",
+    Kind.BACKWARD: "#E69F00",
+    Kind.INPUT_GRADIENT: "#E69F00",
+    Kind.WEIGHT_GRADIENT: "#009E73",
+    Kind.UPDATE: "#CC79A7",
+}
+"""By what a stage does; told apart by the colour-blind too."""
+
+LABELS = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.INPUT_GRADIENT: "input gradient",
+    Kind.WEIGHT_GRADIENT: "weight gradient",
+    Kind.UPDATE: "update",
+}
+
+
+def to_csv(timelines: Timelines) -> str:
+    """One line an action."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("schedule", "stage", "action", "kind", "index", "chunk", "start_ms", "end_ms"))
+    for title, stages in timelines.items():
+        for stage, spans in enumerate(stages):
+            for span in spans:
+                action = span.action
+                times_ms = (f"{seconds * 1000:.6g}" for seconds in (span.start_s, span.end_s))
+                writer.writerow((title, stage, action, LABELS[action.kind], action.index, action.chunk, *times_ms))
+    return text.getvalue()
+
+
+def to_chrome_trace(timelines: Timelines) -> str:
+    """JSON for chrome://tracing and https://ui.perfetto.dev: a process for each schedule, a thread for each stage."""
+    events: list[dict[str, object]] = []
+    for process, (title, stages) in enumerate(timelines.items()):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": title}})
+        for stage, spans in enumerate(stages):
+            place = {"pid": process, "tid": stage}
+            events.append({"ph": "M", "name": "thread_name", **place, "args": {"name": f"stage {stage}"}})
+            for span in spans:
+                times_us = {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6}
+                events.append({"ph": "X", "name": str(span.action), "cat": LABELS[span.action.kind], **place, **times_us})
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Pipeline schedules</title><style>
+body {{ font: 14px sans-serif; margin: 1.5em; }}
+div {{ overflow-x: auto; }}
+text {{ font-size: 10px; pointer-events: none; }}
+{styles}
+</style></head><body>
+<p>{legend}. White is idle. Point at an action for its times; scroll to the right for more.</p>
+{pictures}
+</body></html>
+"""
+_ROW_PX, _LEFT_PX, _ACTION_PX = 20, 60, 26
+
+
+def to_html(timelines: Timelines) -> str:
+    """A page with one picture a schedule, all to the same scale."""
+    spans = [span for stages in timelines.values() for row in stages for span in row if span.end_s > span.start_s]
+    used = [kind for kind in COLOURS if any(span.action.kind is kind for span in spans)]
+    px_per_s = _ACTION_PX * len(spans) / sum(span.end_s - span.start_s for span in spans) if spans else 1.0
+    return _PAGE.format(
+        styles="\n".join(f".{kind} {{ fill: {COLOURS[kind]}; stroke: white; }}" for kind in used),
+        legend=", ".join(f'<b style="color: {COLOURS[kind]}">{kind}</b> {LABELS[kind]}' for kind in used),
+        pictures="\n".join(_picture(title, timelines, px_per_s) for title in timelines),
+    )
+
+
+def _picture(title: str, timelines: Timelines, px_per_s: float) -> str:
+    stages = timelines[title]
+    end_s = max((spans[-1].end_s for spans in stages if spans), default=0.0)
+    shapes = []
+    for stage, spans in enumerate(stages):
+        top = stage * _ROW_PX
+        shapes.append(f'<text x="0" y="{top + 14}">stage {stage}</text>')
+        for span in spans:
+            left, width = _LEFT_PX + span.start_s * px_per_s, (span.end_s - span.start_s) * px_per_s
+            tip = f"{span.action} {span.start_s * 1000:.6g} to {span.end_s * 1000:.6g} ms"
+            shapes.append(
+                f'<rect class="{span.action.kind}" x="{left:.1f}" y="{top}" width="{width:.1f}" height="{_ROW_PX - 2}">'
+                f"<title>{tip}</title></rect>"
+            )
+            if width >= 7 * len(str(span.action)):
+                shapes.append(f'<text x="{left + 2:.1f}" y="{top + 13}">{span.action}</text>')
+    size = f'width="{_LEFT_PX + end_s * px_per_s:.0f}" height="{len(stages) * _ROW_PX}"'
+    body = "\n".join(shapes)
+    return f'<h2>{html.escape(title)}</h2>\n<div><svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg></div>'
