@@ -30,14 +30,18 @@ def checkpoint_of(run: Path) -> int:
 
 def interrupt_after_first_checkpoint(output: Path, text: list[Path], run: Path) -> None:
     """Start the study and press Ctrl-C between the run's first checkpoint and its end."""
-    with open(output.with_suffix(".log"), "wb") as log:
-        process = subprocess.Popen(command(output, text), stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 150
+    log = output.with_suffix(".log")
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command(output, text), stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 200
         while not checkpoint_of(run):
-            assert process.poll() is None and time.monotonic() < deadline, output.with_suffix(".log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+    finally:
+        process.terminate()
     assert not (run / "done.json").exists(), "the run was over before the interrupt"
 
 
@@ -57,13 +61,14 @@ def text(tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.timeout(600)  # the trainings take 40 s, on cores that are free
 def test_an_interrupted_study_goes_on_and_reports_the_same(tmp_path: Path, text: list[Path]) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole, text, "--jobs", "2"), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(whole, text, "--jobs", "2"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     run = broken / "runs" / "flush-b4-a2-seed1"
     interrupt_after_first_checkpoint(broken, text, run)
-    resumed = subprocess.run(command(broken, text, "--jobs", "2"), capture_output=True, text=True, timeout=200)
+    resumed = subprocess.run(command(broken, text, "--jobs", "2"), capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
     assert "flush-b4-a2-seed1: resumes after update " in resumed.stdout
     assert len(list(run.glob("metrics-*.jsonl"))) == 2
