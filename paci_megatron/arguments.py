@@ -20,9 +20,10 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--paci-clip-mode",
         choices=CLIP_MODES,
-        default=None,
-        help="How --clip-grad applies under paci. stage: each stage clips by the norm of its own gradients. none: no "
-        "clipping, like --clip-grad 0.",
+        default="global",
+        help="How --clip-grad applies under paci. global: by the norm over all stages, of a fixed number of updates ago, and "
+        "what a stage knows of the current one. stage: each stage by the norm of its own gradients. none: not at all, like "
+        "--clip-grad 0.",
     )
     group.add_argument(
         "--paci-drain-interval",
@@ -31,6 +32,21 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="UPDATES",
         help="Run the pipeline empty after every so many updates, besides evaluations, checkpoints and the end. 1 "
         "makes paci the same computation as 1f1b. Default: never.",
+    )
+    group.add_argument(
+        "--paci-start-iteration",
+        type=int,
+        default=0,
+        metavar="ITERATION",
+        help="Flush as 1f1b does up to this iteration, and not from there on.",
+    )
+    group.add_argument(
+        "--paci-fallback",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="After a jump of the loss, or gradients that are not finite, flush as 1f1b does for so many iterations. "
+        "Default: never.",
     )
     group.add_argument(
         "--paci-weight-policy",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEDULES = ("1f1b", "paci")
-CLIP_MODES = ("stage", "none")
+CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 
 
@@ -60,12 +60,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("--fp4-format", "fp4", *_QUANTIZED),
     Unsupported(
         "--mtp-num-layers", "mtp_num_layers", "multi-token prediction ties the first and last stage together", _REMOVE
-    ),
-    Unsupported(
-        "--calculate-per-token-loss",
-        "calculate_per_token_loss",
-        "the divisor, the window's token count, is known only on the last stage",
-        "Remove the flag: the loss is then averaged per micro-batch",
     ),
     Unsupported(
         "--overlap-param-gather",
@@ -148,20 +142,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "--inprocess-restart", "inprocess_restart", "micro-batches in flight do not survive a restart in process", _REMOVE
     ),
     Unsupported(
-        "--exit-signal-handler",
-        "exit_signal_handler",
-        _EVERY_STAGE,
-        "Use --exit-interval, or --save-interval and resume from the last checkpoint",
-    ),
-    Unsupported(
         "--exit-signal-handler-for-training",
         "exit_signal_handler_for_training",
-        _EVERY_STAGE,
-        "Use --exit-interval, or --save-interval and resume from the last checkpoint",
-    ),
-    Unsupported(
-        "--exit-duration-in-mins",
-        "exit_duration_in_mins",
         _EVERY_STAGE,
         "Use --exit-interval, or --save-interval and resume from the last checkpoint",
     ),
@@ -229,20 +211,18 @@ class PaciConfig:
                 f"{args.virtual_pipeline_model_parallel_size} model chunks on a stage; paci schedules one. Write a layout "
                 f"with {num_stages} stages."
             )
-        if not args.untie_embeddings_and_output_weights:
-            raise ConfigError(
-                "tied embeddings do not work with --pipeline-schedule paci: the first and last stage would have to sum the "
-                "gradient of their shared matrix before every update. Add --untie-embeddings-and-output-weights."
-            )
         if args.paci_drain_interval is not None and args.paci_drain_interval < 1:
             raise ConfigError(f"--paci-drain-interval {args.paci_drain_interval}: must be at least 1 update.")
+        for flag, value in (("start-iteration", args.paci_start_iteration), ("fallback", args.paci_fallback)):
+            if value < 0:
+                raise ConfigError(f"--paci-{flag} {value}: must be 0 (off) or a number of iterations.")
         _check_layout(args)
         _check_weight_policy(args)
         return cls(
             num_stages,
             schedule=args.pipeline_schedule,
             emulates=args.paci_emulate_stages is not None,
-            clip_mode=_clip_mode(args),
+            clip_mode=args.paci_clip_mode if args.clip_grad else "none",
             drain_interval=args.paci_drain_interval,
             weight_policy=args.paci_weight_policy,
         )
@@ -311,19 +291,6 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             f"versions are enough only with at least {num_stages - 1} micro-batches per update. Raise --global-batch-size "
             f"to {(num_stages - 1) * args.micro_batch_size * args.data_parallel_size}."
         )
-
-
-def _clip_mode(args: argparse.Namespace) -> str:
-    """The clip mode; ``ConfigError`` if clipping is on and no mode was chosen."""
-    if not args.clip_grad:
-        return "none"
-    if args.paci_clip_mode is None:
-        raise ConfigError(
-            f"--clip-grad {args.clip_grad} clips by the norm of all stages' gradients, which would stop the pipeline at "
-            "every update. Add --clip-grad 0 (no clipping, as in the paper), or --paci-clip-mode stage (each stage clips by "
-            "the norm of its own gradients)."
-        )
-    return str(args.paci_clip_mode)
 
 
 def check_flags(args: argparse.Namespace) -> None:

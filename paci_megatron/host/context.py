@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from paci_megatron.config import ConfigError, PaciConfig
+from paci_megatron.plan.records import record_lag
 from paci_megatron.plan.schedules import max_drift
+from paci_megatron.runtime.control import Record, Request
 from paci_megatron.runtime.emulate import run_stages_to_update
-from paci_megatron.runtime.links import P2PLink
 from paci_megatron.runtime.update import UpdateResult
 from paci_megatron.telemetry.meters import StageMeter
 
+from . import wiring
 from .boundaries import Boundaries
-from .stage import Stage
+from .requests import can_request, requests
+from .stage import Stage, Wiring
 
 
 class TrainingContext:
@@ -39,6 +39,7 @@ class TrainingContext:
         self.stages = stages
         self.iteration: int = args.iteration
         self.last_updates: list[UpdateResult] = []
+        self.grad_norms: dict[int, float] = {}  # global, by iteration; complete some updates later
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
 
@@ -62,6 +63,8 @@ class TrainingContext:
             stage.feed(forward_step_func, self.iterator_of(stage, data_iterator))
         self.last_updates = run_stages_to_update(self.stages)
         self.iteration += 1
+        if self.boundaries.leaves_flush(self.iteration):
+            _print_last_rank(f"not flushing from iteration {self.iteration + 1} on")
         if self.boundaries.is_drain(self.iteration):
             for stage in self.stages:
                 stage.end_plan()
@@ -77,8 +80,28 @@ class TrainingContext:
         def is_drain(update: int) -> bool:
             return self.boundaries.is_drain(begin + update)
 
+        lag = record_lag(self.config.num_stages, a, self.config.extra_in_flight)
+
+        def on_total(update: int, total: Record) -> None:
+            # Stages in one process tell the same, one after the other.
+            iteration = begin + update
+            self.grad_norms[iteration] = total.norm
+            asked = Request(int(total.requests))
+            if Request.EXIT in asked:
+                self.boundaries.drain_at(iteration + lag + 1)
+            if self.args.paci_fallback and (Request.FALLBACK in asked or not total.is_finite):
+                reason = "gradients are not finite" if not total.is_finite else "the loss jumps"
+                self._fall_back(iteration, iteration + lag + 1, reason)
+
         for stage in self.stages:
-            stage.begin_plan(a, is_drain, self.args)
+            stage.begin_plan(a, is_drain, self.args, on_total)
+
+    def _fall_back(self, iteration: int, from_iteration: int, reason: str) -> None:
+        if self.boundaries.fall_back_at(from_iteration):
+            _print_last_rank(
+                f"iteration {iteration}: {reason}; flushing as 1f1b from iteration {from_iteration + 1}, for "
+                f"{self.args.paci_fallback} iterations"
+            )
 
     def describe(self, a: int) -> list[str]:
         """What this run will do, for the log."""
@@ -88,8 +111,27 @@ class TrainingContext:
         return [
             f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
             f"{max(drift)} updates (by stage: {' '.join(map(str, drift))})",
-            f"clipping: {'each stage by its own gradient norm' if self.config.clip_mode == 'stage' else 'none'}",
+            f"clipping: {self._describe_clipping(a)}",
         ]
+
+    def _describe_clipping(self, a: int) -> str:
+        limit = f"to {self.args.clip_grad:g}"
+        match self.config.clip_mode:
+            case "none":
+                return "none"
+            case "stage":
+                return f"{limit}, by each stage's own gradient norm"
+            case _:
+                lag = record_lag(self.config.num_stages, a, self.config.extra_in_flight)
+                return (
+                    f"{limit}, by the global norm of {lag} update{'s' if lag > 1 else ''} ago, what a stage knows of the "
+                    "current one, and at a drain the exact global norm"
+                )
+
+
+def _print_last_rank(line: str) -> None:
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        print(f" paci, {line}", flush=True)
 
 
 def distributed_stage(
@@ -112,28 +154,18 @@ def distributed_stage(
         cp_group=groups.cp,
     )
     device = torch.device(next(model.parameters()).device)
-    link_groups = _create_link_groups(groups.pp, args.distributed_timeout_minutes)
-
-    def link() -> P2PLink:
-        activations, gradients = (P2PCommunicator(pp_group=group, config=model_config) for group in link_groups)
-        return P2PLink(activations, gradients, tuple(shape), device)
-
-    return Stage(groups.pp.rank(), config, model, optimizer, scheduler, groups, meter, link)
-
-
-def _create_link_groups(pipeline: dist.ProcessGroup, timeout_minutes: int) -> list[dist.ProcessGroup]:
-    """This pipeline's groups for activations and for gradients. Collective: all ranks create all groups in one
-    order."""
-    mine = dist.get_process_group_ranks(pipeline)
-    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, mine)
-    groups = []
-    for name in ("PACI_ACTIVATIONS", "PACI_GRADIENTS"):
-        for ranks in sorted({tuple(ranks) for ranks in everyones}):
-            group = dist.new_group(list(ranks), timeout=timedelta(minutes=timeout_minutes), group_desc=name)
-            if list(ranks) == mine:
-                groups.append(group)
-    return groups
+    tied = None
+    if not args.untie_embeddings_and_output_weights:
+        is_end = groups.pp.rank() in (0, groups.pp.size() - 1)
+        like = unwrap_model(model).shared_embedding_or_output_weight().main_grad if is_end else None
+        tied = wiring.tied_exchange(args, like)
+    links = Wiring(
+        link=wiring.p2p_links(args, model_config, tuple(shape), device),
+        agree=wiring.agreement(args) if can_request(args) else lambda record: record,
+        exchange=tied,
+        requests=requests,
+    )
+    return Stage(groups.pp.rank(), config, model, optimizer, scheduler, groups, meter, links)
 
 
 def keep_gradient_statistics_within_stage(optimizer: Any) -> None:

@@ -22,11 +22,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from paci_megatron.config import PaciConfig
-from paci_megatron.runtime.emulate import InProcessLink, in_process_links
+from paci_megatron.runtime.emulate import InProcessExchange, InProcessLink, in_process_links
 from paci_megatron.telemetry.meters import StageMeter
 
 from .context import TrainingContext
-from .stage import Stage
+from .requests import requests
+from .stage import Stage, Wiring
 
 
 class PipelinePlace:
@@ -138,7 +139,15 @@ def build_stages(setup: Setup, args: argparse.Namespace, config: PaciConfig, *po
     sources = {name: getattr(args, name) for name in ("load", "pretrained_checkpoint")}
     vars(args).update(dict.fromkeys(sources))  # loaded when all stages are there: a checkpoint is read as a whole
     links = in_process_links(config.num_stages)
-    stages = [_build_stage(index, link, setup, args, config, *positional, **named) for index, link in enumerate(links)]
+    exchanges: dict[int, InProcessExchange] = {}
+    if not args.untie_embeddings_and_output_weights:
+        exchanges = dict(zip((0, config.num_stages - 1), InProcessExchange.pair(), strict=True))
+    stages = [
+        _build_stage(index, link, exchanges.get(index), setup, args, config, *positional, **named)
+        for index, link in enumerate(links)
+    ]
+    if exchanges:
+        _tie(stages[0], stages[-1])
     vars(args).update(sources)
     if any(sources.values()):
         _loading = stages
@@ -167,9 +176,18 @@ def _load_stage(stage: Stage, args: argparse.Namespace, context: Any) -> None:
     )
 
 
+def _tie(first: Stage, last: Stage) -> None:
+    """Give the last stage the first one's embedding, as an all-reduce does where they are processes."""
+    ours, theirs = (unwrap_model(stage.model).shared_embedding_or_output_weight() for stage in (first, last))
+    with torch.no_grad():
+        theirs.copy_(ours)
+    last.optimizer.reload_model_params()
+
+
 def _build_stage(
     index: int,
     link: InProcessLink,
+    exchange: InProcessExchange | None,
     setup: Setup,
     args: argparse.Namespace,
     config: PaciConfig,
@@ -187,7 +205,9 @@ def _build_stage(
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
         model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
     meter = StageMeter(index, config.num_stages, torch.device(next(model[0].parameters()).device))
-    return Stage(index, config, model[0], optimizer, scheduler, world.groups, meter, lambda: link, world.active)
+    exchange_of_plan = (lambda record_lag: exchange) if exchange is not None else None
+    wiring = Wiring(link=lambda record_lag: link, exchange=exchange_of_plan, requests=requests)
+    return Stage(index, config, model[0], optimizer, scheduler, world.groups, meter, wiring, world.active)
 
 
 def build_data_iterators(build: Callable[..., Any], stages: list[Stage], provider: Any) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags
+from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags, check_options
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import context as contexts
@@ -77,6 +77,7 @@ def arguments_checked(original: Function) -> Function:
             _print_first_rank(args, line)
         with exit_on_config_error():
             check_installed(args)
+            check_options(args)
         if args.pipeline_schedule != "paci" and args.paci_emulate_stages is None:
             return original(args, defaults)
         with exit_on_config_error():
@@ -332,6 +333,27 @@ def resume_reported(original: Function) -> Function:
             _print_first_rank(get_args(), line)
 
     return check_checkpoint_args
+
+
+def exit_decided_when_drained(original: Function) -> Function:
+    """Wrap ``checkpoint_and_decide_exit``, which asks all ranks in every iteration whether to stop."""
+
+    @functools.wraps(original)
+    def checkpoint_and_decide_exit(*positional: Any, **named: Any) -> bool:
+        from megatron.training import get_args
+
+        context = contexts.current()
+        if context is None or context.is_drained():
+            return bool(original(*positional, **named))
+        # Who wants to stop says so in the records, and the pipeline drains soon.
+        args = get_args()
+        asked = args.exit_signal_handler, args.exit_duration_in_mins
+        args.exit_signal_handler, args.exit_duration_in_mins = False, None
+        exits = bool(original(*positional, **named))
+        args.exit_signal_handler, args.exit_duration_in_mins = asked
+        return exits
+
+    return checkpoint_and_decide_exit
 
 
 def save_when_drained(original: Function) -> Function:

@@ -119,6 +119,14 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     ),
     PatchPoint(
         _TRAINING,
+        "checkpoint_and_decide_exit",
+        "exit_decided_when_drained",
+        "model optimizer opt_param_scheduler iteration num_floating_point_operations_so_far checkpointing_context "
+        "train_data_iterator",
+        "asks all ranks in every iteration whether to stop, with --exit-signal-handler or --exit-duration-in-mins",
+    ),
+    PatchPoint(
+        _TRAINING,
         "save_checkpoint_and_time",
         "save_when_drained",
         "iteration model optimizer opt_param_scheduler num_floating_point_operations_so_far checkpointing_context "

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from megatron.core.utils import get_model_config
+import torch
+from megatron.core.utils import get_model_config, unwrap_model
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.plan import Action, Kind, one_f_one_b_flush, paci, with_transfers
+from paci_megatron.plan.records import record_lag, with_records
 from paci_megatron.plan.render import render_plans
 from paci_megatron.plan.schedules import IsDrain, max_in_flight
 from paci_megatron.runtime.compute import StageCompute
+from paci_megatron.runtime.control import Clipping, Control, Record, Request
 from paci_megatron.runtime.executor import Executor
 from paci_megatron.runtime.links import StageLink
+from paci_megatron.runtime.tied_embeddings import TensorExchange, TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate, UpdateResult
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
+
+from .requests import SpikeDetector
+
+OnTotal = Callable[[int, Record], None]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How a stage reaches the others. Links and exchanges are made once a plan, for the plan's record lag.
+
+    ``agree`` makes one record of those of all ranks of the first stage. ``exchange`` is there if embeddings are tied, on the
+    two stages that hold them. ``requests`` is what the stage asks of all.
+    """
+
+    link: Callable[[int], StageLink]
+    agree: Callable[[Record], Record] = lambda record: record
+    exchange: Callable[[int], TensorExchange] | None = None
+    requests: Callable[[Stage], Request] = lambda stage: Request.NONE
+
+
+class _Alone:
+    """In place of a process group: nobody to reduce with."""
+
+    def size(self) -> int:
+        return 1
 
 
 class Stage:
@@ -35,10 +66,10 @@ class Stage:
         scheduler: Any,
         groups: Any,
         meter: StageMeter,
-        link: Callable[[], StageLink],
+        wiring: Wiring,
         active: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """``model`` is Megatron's wrapped chunk, ``groups`` its process groups; ``link`` is called once a plan."""
+        """``model`` is Megatron's wrapped chunk, ``groups`` its process groups."""
         self.stage_index = stage_index
         self.model = model
         self.model_config = get_model_config(model)
@@ -48,7 +79,12 @@ class Stage:
         self.meter = meter
         self.active = active
         self._config = config
-        self._link = link
+        self._wiring = wiring
+        self._finalize_groups = copy.copy(groups)
+        self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
+        self.last_total = Record()  # of the last update before a drain
+        self._spikes = SpikeDetector()
+        self._control: Control | None = None
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
         self._grid: Callable[[], str] = str
@@ -62,9 +98,10 @@ class Stage:
         """Whether no plan is running."""
         return self._executor is None
 
-    def begin_plan(self, a: int, is_drain: IsDrain, args: argparse.Namespace) -> None:
-        """Start a plan of ``a`` micro-batches per update, with an empty pipeline."""
+    def begin_plan(self, a: int, is_drain: IsDrain, args: argparse.Namespace, on_total: OnTotal) -> None:
+        """Start a plan of ``a`` micro-batches per update, with an empty pipeline. ``on_total`` is told each total."""
         index, num_stages, extra = self.stage_index, self._config.num_stages, self._config.extra_in_flight
+        lag = record_lag(num_stages, a, extra)
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
@@ -74,11 +111,22 @@ class Stage:
             is_last_stage=self.is_last,
             context_parallel_size=self.groups.cp.size(),
         )
-        plan = self._plan(index, a, is_drain)
-        samples = a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
-        update = StageUpdate(self.model, self.optimizer, self.scheduler, self._finalize, samples)
+        link = self._wiring.link(lag)
+        clipping = Clipping(self._config.clip_mode, args.clip_grad)
+        self._control = Control(link, clipping, lag, self.last_total, self._wiring.agree, on_total)
+        update = StageUpdate(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self._control,
+            self._finalize,
+            samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
+            take_num_tokens=self._take_num_tokens if self.model_config.calculate_per_token_loss else None,
+            requests=lambda: self._wiring.requests(self),
+            tied=self._tied_embedding(lag),
+        )
         weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
-        self._executor = Executor(plan, self._compute, self._link(), update, weights, self.meter)
+        self._executor = Executor(self._plan(index, a, is_drain), self._compute, link, update, weights, self.meter)
         self._grid = lambda: render_plans(
             [
                 list(takewhile(lambda action: action != Action(Kind.UPDATE, 4), self._plan(stage, a, is_drain)))
@@ -90,8 +138,27 @@ class Stage:
         """The actions of the stage at ``index``."""
         num_stages, extra = self._config.num_stages, self._config.extra_in_flight
         if self._config.schedule == "paci":
-            return with_transfers(paci(index, num_stages, a, is_drain, extra), index, num_stages, a, is_drain)
-        return with_transfers(one_f_one_b_flush(index, num_stages, a), index, num_stages, a, lambda update: True)
+            actions = paci(index, num_stages, a, is_drain, extra)
+        else:
+            actions, is_drain = one_f_one_b_flush(index, num_stages, a), lambda update: True
+        actions = with_transfers(actions, index, num_stages, a, is_drain)
+        return with_records(actions, num_stages, a, is_drain, extra)
+
+    def _tied_embedding(self, lag: int) -> TiedEmbedding | None:
+        exchange = self._wiring.exchange(lag) if self._wiring.exchange is not None else None
+        if exchange is None:
+            return None
+        weight = unwrap_model(self.model).shared_embedding_or_output_weight()
+        return TiedEmbedding(weight, exchange, self.stage_index == 0, lag)
+
+    def _take_num_tokens(self) -> int:
+        """The window's tokens over all replicas of the last stage, which alone knows them."""
+        if not self.is_last:
+            return 0
+        assert self._compute is not None
+        num_tokens = self._compute.take_num_tokens()
+        torch.distributed.all_reduce(num_tokens, group=self.groups.dp_cp)
+        return int(num_tokens)
 
     def feed(self, forward_step_func: Any, data_iterator: Any) -> None:
         """Set where the next forwards come from."""
@@ -107,6 +174,13 @@ class Stage:
         except BoundError as error:
             raise BoundError(f"{error}. The plan from the last drain on:\n{self._grid()}") from error
 
+    def loss_jumped(self) -> bool:
+        """Whether the loss of the window just computed jumps, on the last stage."""
+        assert self._compute is not None
+        values = torch.stack([next(iter(report.values())).view(-1).float() for report in self._compute.window_losses()])
+        total = values.sum(dim=0)
+        return self._spikes.is_spike(float(total[0] / (total[1] if len(total) > 1 else len(values))))
+
     def take_losses(self) -> list[Any]:
         """The loss reports of the window just updated."""
         assert self._compute is not None
@@ -115,9 +189,13 @@ class Stage:
     def end_plan(self) -> None:
         """End the running plan at a drain."""
         assert self._executor is not None
+        assert self._control is not None
         self._executor.finish()
         self._executor = None
+        self.last_total = self._control.last_total
 
     def _finalize(self) -> None:
-        """Complete the window's gradients with Megatron's own function; untied, it stays within the stage."""
-        self.model_config.finalize_model_grads_func([self.model], None, pg_collection=self.groups, force_all_reduce=False)
+        """Complete the window's gradients with Megatron's own function, but for what concerns other stages."""
+        self.model_config.finalize_model_grads_func(
+            [self.model], None, pg_collection=self._finalize_groups, force_all_reduce=False
+        )

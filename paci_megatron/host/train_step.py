@@ -30,8 +30,8 @@ def train_step(
     """One iteration: run this stage's plan up to and including its next update.
 
     Takes and returns what ``megatron.training.training.train_step`` does: averaged losses (last stage only), skipped (0
-    or 1), should_checkpoint, should_exit, exit_code, grad_norm, num_zeros_in_grad, max_attention_logit. The norm is
-    None: that of all stages together is not known here.
+    or 1), should_checkpoint, should_exit, exit_code, grad_norm, num_zeros_in_grad, max_attention_logit. The norm, that of
+    all stages together, is None unless the pipeline is drained: it is known some iterations later, see monitor.py.
     """
     context = _require_context()
     if iteration is not None and iteration != context.iteration:
@@ -52,7 +52,8 @@ def train_step(
     should_checkpoint, should_exit, exit_code = rerun_state_machine.should_checkpoint_and_exit()
     skipped = int(not all(update.successful for update in context.last_updates))
     averaged = average_losses(losses, context.stages[-1].groups.dp_cp)
-    return averaged, skipped, should_checkpoint, should_exit, exit_code, None, None, 0.0
+    grad_norm = context.last_updates[-1].grad_norm
+    return averaged, skipped, should_checkpoint, should_exit, exit_code, grad_norm, None, 0.0
 
 
 def forward_backward_pipelining_paci(

@@ -1,7 +1,8 @@
 """The actions a stage performs, and their text form.
 
 A plan is a stream of actions: ``F3`` is the forward of micro-batch 3, ``B3`` its backward, ``U2`` the second update.
-``RF3``/``SF3`` receive and send the activation of micro-batch 3, ``RB3``/``SB3`` its gradient. Micro-batches count from
+``RF3``/``SF3`` receive and send the activation of micro-batch 3, ``RB3``/``SB3`` its gradient. ``R2`` and ``T2`` are the
+report before update 2 and the total of all stages' reports, see records.py. Micro-batches count from
 0 and updates from 1, so update k holds micro-batches (k-1)a .. ka-1. Schedules that PACI is compared with also split the
 backward (``I3`` the gradient of the input, ``W3`` that of the weights) or the stage into chunks (``F3.1`` on chunk 1).
 """
@@ -27,17 +28,19 @@ class Kind(StrEnum):
     SEND_FORWARD = "SF"
     RECV_BACKWARD = "RB"
     SEND_BACKWARD = "SB"
+    REPORT = "R"
+    TOTAL = "T"
 
 
 COMPUTE_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.UPDATE)
 """What a stage computes; the other kinds move things."""
 
-_TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWU])(\d+)(?:\.([1-9]\d*))?")
+_TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWURT])(\d+)(?:\.([1-9]\d*))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a stage. ``index`` is the micro-batch (from 0), or the update (from 1) if ``kind`` is UPDATE.
+    """One step of a stage. ``index`` is the micro-batch (from 0), or the update (from 1) if ``kind`` is UPDATE, REPORT or TOTAL.
 
     ``chunk`` is the part of the stage's model, where a schedule has several; stage s then holds chunks s, N+s, 2N+s ...
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .actions import Action, Kind
+from .records import record_lag
 from .render import render_plans
 from .schedules import SENDS_IN_FLIGHT, max_drift, max_in_flight
 
@@ -22,8 +23,8 @@ def validate(
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
     Checked at every stage: micro-batches in order and each backward after its forward, in flight at most N-s+extra,
-    drift at most ceil((N-1-s+extra)/a), an update after every a-th backward, nothing in flight and nothing posted at
-    the updates in ``drains``; and over all stages, that they run to their ends under rendezvous transfers: a send is
+    drift at most ceil((N-1-s+extra)/a), an update after every a-th backward, with the totals known that it may use,
+    nothing in flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends under rendezvous transfers: a send is
     complete only when the receiver has posted its receive, and the next but one send on a link waits for it.
     """
     for stage_index, plan in enumerate(plans):
@@ -42,6 +43,8 @@ def _check_stage(
     cap, bound = max_in_flight(stage, num_stages, extra), max_drift(stage, num_stages, a, extra)
     done = dict.fromkeys(Kind, 0)
     forward_version: dict[int, int] = {}
+    has_records = any(action.kind is Kind.REPORT for action in plan)
+    lag = record_lag(num_stages, a, extra)
 
     def check(condition: bool, action: Action, rule: str) -> None:
         if not condition:
@@ -49,7 +52,7 @@ def _check_stage(
 
     for action in plan:
         kind, updates = action.kind, done[Kind.UPDATE]
-        expected = done[kind] + (1 if kind is Kind.UPDATE else 0)
+        expected = done[kind] + (1 if kind in (Kind.UPDATE, Kind.REPORT, Kind.TOTAL) else 0)
         check(action.index == expected, action, f"out of order, {kind}{expected} is next")
         if kind is Kind.FORWARD:
             forward_version[action.index] = updates
@@ -64,6 +67,10 @@ def _check_stage(
             check(last or done[Kind.RECV_BACKWARD] > action.index, action, "its gradient was never received")
         elif kind is Kind.UPDATE:
             check(done[Kind.BACKWARD] == action.index * a, action, f"after {done[Kind.BACKWARD]} backwards")
+            if has_records:
+                known = action.index - (0 if action.index in drains else lag)
+                check(done[Kind.REPORT] == action.index, action, "not reported")
+                check(done[Kind.TOTAL] >= known, action, f"total {known} is not known")
             if action.index in drains:
                 reached = {done[k] for k in (Kind.FORWARD, Kind.BACKWARD)}
                 if stage > 0:
@@ -90,6 +97,10 @@ def _check_transfers(plans: Sequence[Sequence[Action]]) -> None:
                 return posted[stage - 1][Kind.SEND_FORWARD] > m
             case Kind.BACKWARD if stage < num_stages - 1:
                 return posted[stage + 1][Kind.SEND_BACKWARD] > m
+            case Kind.REPORT if stage < num_stages - 1:
+                return posted[stage + 1][Kind.REPORT] >= m
+            case Kind.TOTAL:
+                return posted[stage - 1][Kind.TOTAL] >= m if stage > 0 else posted[0][Kind.REPORT] >= m
             case Kind.SEND_FORWARD:
                 return posted[stage + 1][Kind.RECV_FORWARD] > m - SENDS_IN_FLIGHT
             case Kind.SEND_BACKWARD:

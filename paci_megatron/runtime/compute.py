@@ -34,6 +34,7 @@ class StageCompute:
         self.forward_step_func: Callable[..., Any] | None = None
         self.data_iterator: Iterator[Any] | None = None
         self.losses: list[Any] = []
+        self.num_tokens: list[torch.Tensor] = []  # by micro-batch, on the last stage
         self._microbatches_per_update = microbatches_per_update
         self._in_flight_cap = in_flight_cap
         self._is_last_stage = is_last_stage
@@ -42,7 +43,7 @@ class StageCompute:
     def forward(self, microbatch: int, input_tensor: torch.Tensor | None) -> torch.Tensor:
         """The stage's output for ``microbatch``: an activation to send, or on the last stage the scaled loss."""
         position = microbatch % self._microbatches_per_update
-        output_tensor, _ = forward_step(
+        output_tensor, num_tokens = forward_step(
             self.forward_step_func,
             self.data_iterator,
             self.model,
@@ -57,6 +58,8 @@ class StageCompute:
             current_microbatch=position,
             is_last_stage=self._is_last_stage,
         )
+        if self._is_last_stage and self.config.calculate_per_token_loss:
+            self.num_tokens.append(num_tokens)
         return output_tensor
 
     def release_output(self, output_tensor: torch.Tensor) -> None:
@@ -74,11 +77,21 @@ class StageCompute:
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
             return backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
 
+    def window_losses(self) -> list[Any]:
+        """The reports of the oldest window; empty on stages without a loss."""
+        return self.losses[: self._microbatches_per_update]
+
     def take_losses(self) -> list[Any]:
         """The reports of the oldest window, removed; empty on stages without a loss."""
-        taken = self.losses[: self._microbatches_per_update]
+        taken = self.window_losses()
         del self.losses[: self._microbatches_per_update]
         return taken
+
+    def take_num_tokens(self) -> torch.Tensor:
+        """The tokens of the oldest window, (1,), removed. For the last stage, under a per-token loss."""
+        taken = self.num_tokens[: self._microbatches_per_update]
+        del self.num_tokens[: self._microbatches_per_update]
+        return torch.stack(taken).sum().view(1)
 
     def _checkpoints_activations(self, microbatch: int) -> bool | None:
         """Whether to recompute all layers of this micro-batch; None to follow the configuration."""

@@ -12,6 +12,7 @@ import torch
 
 from paci_megatron.plan import Action, Kind
 
+from .control import Record
 from .update import UpdateResult
 
 
@@ -23,6 +24,8 @@ class InProcessLink:
         self._following: InProcessLink | None = None
         self._activations: deque[tuple[int, torch.Tensor]] = deque()
         self._gradients: deque[tuple[int, torch.Tensor]] = deque()
+        self._reports: deque[Record] = deque()
+        self._totals: deque[Record] = deque()
 
     def has_input(self, action: Action) -> bool:
         """Whether the neighbour has sent what ``action`` needs."""
@@ -30,6 +33,10 @@ class InProcessLink:
             return self._previous is None or bool(self._activations)
         if action.kind is Kind.BACKWARD:
             return self._following is None or bool(self._gradients)
+        if action.kind is Kind.REPORT:
+            return self._following is None or bool(self._reports)
+        if action.kind is Kind.TOTAL:
+            return self._previous is None or bool(self._totals)
         return True
 
     def post_receive_forward(self, microbatch: int) -> None:
@@ -56,10 +63,28 @@ class InProcessLink:
         assert self._previous is not None
         self._previous._gradients.append((microbatch, gradient.detach()))
 
+    def receive_report(self) -> Record:
+        """The next stage's report; an empty one on the last stage."""
+        return Record() if self._following is None else self._reports.popleft()
+
+    def send_report(self, record: Record) -> None:
+        """Hand a report to the previous stage, if there is one."""
+        if self._previous is not None:
+            self._previous._reports.append(record)
+
+    def receive_total(self) -> Record | None:
+        """The total from the previous stage; None on the first."""
+        return None if self._previous is None else self._totals.popleft()
+
+    def send_total(self, record: Record) -> None:
+        """Hand a total to the next stage, if there is one."""
+        if self._following is not None:
+            self._following._totals.append(record)
+
     def drain(self) -> None:
         """``RuntimeError`` if something was sent here and never used."""
         left = [microbatch for queue in (self._activations, self._gradients) for microbatch, _ in queue]
-        if left:
+        if left or self._reports or self._totals:
             raise RuntimeError(f"micro-batches {left} under way at a drain: a bug in the plan")
 
 
@@ -68,6 +93,29 @@ def _take(queue: deque[tuple[int, torch.Tensor]], microbatch: int) -> torch.Tens
     if sent != microbatch:
         raise RuntimeError(f"micro-batch {microbatch} awaited, {sent} was sent: a bug in the plan")
     return tensor
+
+
+class InProcessExchange:
+    """One end of a :class:`~.tied_embeddings.TensorExchange` between two stages of a process."""
+
+    def __init__(self) -> None:
+        self._other = self
+        self._received: deque[torch.Tensor] = deque()
+
+    @classmethod
+    def pair(cls) -> tuple[InProcessExchange, InProcessExchange]:
+        """The two ends."""
+        one, other = cls(), cls()
+        one._other, other._other = other, one
+        return one, other
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        self._other._received.append(tensor.clone())
+
+    def receive(self) -> torch.Tensor:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        return self._received.popleft()
 
 
 def in_process_links(num_stages: int) -> list[InProcessLink]:

@@ -48,6 +48,8 @@ class Executor:
             Kind.RECV_BACKWARD: link.post_receive_backward,
             Kind.BACKWARD: self._backward,
             Kind.SEND_BACKWARD: self._send_backward,
+            Kind.REPORT: self._report,
+            Kind.TOTAL: update.pass_total,
         }
 
     def run_to_update(self) -> UpdateResult | None:
@@ -63,7 +65,7 @@ class Executor:
                 self._next = action
                 return None
             if action.kind is Kind.UPDATE:
-                return self._apply_update()
+                return self._apply_update(action.index)
             self._perform[action.kind](action.index)
 
     def finish(self) -> None:
@@ -101,10 +103,15 @@ class Executor:
         self._link.send_backward(microbatch, self._to_send)
         self._to_send = None
 
-    def _apply_update(self) -> UpdateResult:
+    def _report(self, update: int) -> None:
+        self._update.receive_report()
+        with self._meter.computing():
+            self._update.report(update)
+
+    def _apply_update(self, update: int) -> UpdateResult:
         with self._meter.computing():
             self._weights.begin_update(self.state.in_flight)
-            result = self._update.apply()
+            result = self._update.apply(update)
             self._weights.end_update()
         self._meter.count_update(successful=result.successful)
         self._meter.count_copies(self._weights.copied_bytes)

@@ -12,6 +12,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from paci_megatron.plan import Action
 from paci_megatron.plan.schedules import SENDS_IN_FLIGHT
 
+from .control import Record
+
 
 class StageLink(Protocol):
     """A stage's transfers. Activations and gradients are (sequence, micro-batch size, hidden)."""
@@ -37,8 +39,48 @@ class StageLink(Protocol):
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
         """Send a gradient to the previous stage; returns at once."""
 
+    def receive_report(self) -> Record:
+        """Wait for the next stage's report; an empty one on the last stage."""
+
+    def send_report(self, record: Record) -> None:
+        """Send a report to the previous stage, if there is one; returns at once."""
+
+    def receive_total(self) -> Record | None:
+        """Wait for the total from the previous stage; None on the first stage."""
+
+    def send_total(self, record: Record) -> None:
+        """Send a total to the next stage, if there is one; returns at once."""
+
     def drain(self) -> None:
         """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
+
+
+class TensorPair:
+    """The :class:`~.tied_embeddings.TensorExchange` of two ranks, each direction on a process group of its own."""
+
+    def __init__(
+        self, to_other: dist.ProcessGroup, from_other: dist.ProcessGroup, other: int, like: torch.Tensor, hold: int
+    ) -> None:
+        """``like`` has the shape, type and device of every tensor; a send is complete when ``hold`` more were made."""
+        self._to_other, self._from_other, self._other = to_other, from_other, other
+        self._like = like
+        self._hold = hold
+        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+        self._posted: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        while len(self._sent) >= self._hold:
+            self._sent.popleft()[1].wait()
+        self._sent.append((tensor, dist.isend(tensor, dst=self._other, group=self._to_other)))
+        buffer = torch.empty_like(self._like)
+        self._posted.append((buffer, dist.irecv(buffer, src=self._other, group=self._from_other)))
+
+    def receive(self) -> torch.Tensor:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        buffer, work = self._posted.popleft()
+        work.wait()
+        return buffer
 
 
 class _Channel:
@@ -78,6 +120,31 @@ class _Channel:
             self._sent.popleft()[1].wait()
 
 
+class _Records:
+    """Records over a gloo group, in both directions."""
+
+    def __init__(self, group: dist.ProcessGroup, hold: int) -> None:
+        """A send is complete when ``hold`` more have been made, by the order of the plan."""
+        self._group = group
+        self._hold = hold
+        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def receive(self, source: int) -> Record:
+        tensor = torch.empty(len(Record._fields), dtype=torch.float64)
+        dist.recv(tensor, src=source, group=self._group)
+        return Record(*tensor.tolist())
+
+    def send(self, record: Record, destination: int) -> None:
+        tensor = torch.tensor(record, dtype=torch.float64)
+        while len(self._sent) >= self._hold:
+            self._sent.popleft()[1].wait()
+        self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
+
+    def drain(self) -> None:
+        while self._sent:
+            self._sent.popleft()[1].wait()
+
+
 class P2PLink:
     """Transfers over Megatron's :class:`P2PCommunicator`, activations and gradients on process groups of their own.
 
@@ -92,11 +159,17 @@ class P2PLink:
         gradients: P2PCommunicator,
         shape: tuple[int, ...],
         device: torch.device,
+        records: dist.ProcessGroup,
+        record_lag: int,
     ) -> None:
-        """``shape`` is that of every transferred tensor: (sequence, micro-batch size, hidden)."""
+        """``shape`` is that of every transferred tensor: (sequence, micro-batch size, hidden). ``records`` is a gloo group
+        of the same ranks, and ``record_lag`` after how many updates a total is everywhere.
+        """
         self._communicator = activations
         self._activations = _Channel(activations, shape, device)
         self._gradients = _Channel(gradients, shape, device)
+        # Stage s-1 has read report k by the time s reports k + lag; totals are read sooner.
+        self._reports, self._totals = (_Records(records, record_lag + 1) for _ in range(2))
 
     def has_input(self, action: Action) -> bool:
         """See :class:`StageLink`."""
@@ -126,7 +199,27 @@ class P2PLink:
         """See :class:`StageLink`."""
         self._gradients.send(gradient, self._communicator.prev_rank)
 
+    def receive_report(self) -> Record:
+        """See :class:`StageLink`."""
+        if self._communicator.is_pp_last_stage:
+            return Record()
+        return self._reports.receive(self._communicator.next_rank)
+
+    def send_report(self, record: Record) -> None:
+        """See :class:`StageLink`."""
+        if not self._communicator.is_pp_first_stage:
+            self._reports.send(record, self._communicator.prev_rank)
+
+    def receive_total(self) -> Record | None:
+        """See :class:`StageLink`."""
+        return None if self._communicator.is_pp_first_stage else self._totals.receive(self._communicator.prev_rank)
+
+    def send_total(self, record: Record) -> None:
+        """See :class:`StageLink`."""
+        if not self._communicator.is_pp_last_stage:
+            self._totals.send(record, self._communicator.next_rank)
+
     def drain(self) -> None:
         """See :class:`StageLink`."""
-        self._activations.drain()
-        self._gradients.drain()
+        for channel in (self._activations, self._gradients, self._reports, self._totals):
+            channel.drain()

@@ -1,4 +1,4 @@
-"""A stage's optimizer step: its own gradients, its own moment, no other stage involved."""
+"""A stage's optimizer step: its own gradients, its own moment, no other stage waited for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from .control import Control, Record, Request
+from .tied_embeddings import TiedEmbedding
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What an update did: whether it was applied, and the gradient norm that was clipped by (None if not clipped)."""
+    """What an update did: whether it was applied, and the global gradient norm of its window, if that is known already."""
 
     successful: bool
     grad_norm: float | None
@@ -25,33 +28,89 @@ class StageUpdate:
         model: Any,
         optimizer: Any,
         scheduler: Any,
+        control: Control,
         finalize_gradients: Callable[[], None],
         samples_per_update: int,
+        take_num_tokens: Callable[[], int] | None = None,
+        requests: Callable[[], Request] = lambda: Request.NONE,
+        tied: TiedEmbedding | None = None,
     ) -> None:
-        """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within the
-        stage (data, tensor, context parallel).
+        """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
+        the stage (data, tensor, context parallel). With a per-token loss ``take_num_tokens`` is the window's number of
+        tokens, 0 on all but the last stage.
         """
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._control = control
         self._finalize_gradients = finalize_gradients
         self._samples_per_update = samples_per_update
+        self._take_num_tokens = take_num_tokens
+        self._requests = requests
+        self._tied = tied
         self._parameters = tuple(model.parameters())
-        self.zero_gradients()
+        self._later = Record()
+        self._zero_gradients()
 
-    def apply(self) -> UpdateResult:
-        """Finalize gradients, step the optimizer and its schedule, zero the gradients."""
+    def receive_report(self) -> None:
+        """Wait for the later stages' report of the window now ending."""
+        self._later = self._control.receive_report()
+
+    def report(self, update: int) -> None:
+        """Complete the window's gradients, and tell the other stages what they need to know of them."""
+        later = self._later
         self._finalize_gradients()
+        own_tokens = 0
+        if self._take_num_tokens is not None:
+            own_tokens = self._take_num_tokens()
+            self._model.scale_gradients(1.0 / max(own_tokens + later.num_tokens, 1.0))
+        if self._tied is not None:
+            self._tied.report()
+        self._optimizer.prepare_grads()
+        # Over the ranks that share the stage, see host/context.py. In steady state this is the update's only wait for the
+        # device.
+        norm = float(self._optimizer.get_grad_norm())
+        self._control.report(update, Record(norm * norm, own_tokens, self._requests()), later)
+
+    def pass_total(self, update: int) -> None:
+        """See :meth:`Control.pass_total`."""
+        self._control.pass_total(update)
+
+    def apply(self, update: int) -> UpdateResult:
+        """Clip, step the optimizer and its schedule, zero the gradients; skip the step if a gradient is not finite."""
+        control = self._control
+        applies = control.may_apply(update)
+        coefficient = control.coefficient(update) if applies else 1.0
+        if coefficient < 1.0:
+            self._model.scale_gradients(coefficient)
+        if self._tied is not None:
+            self._tied.apply(update, control)
+        if coefficient < 1.0 or self._tied is not None:
+            self._optimizer.prepare_grads()  # which may have made copies of what has changed since
+        if not applies:
+            self._drop_gradients()
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            successful, grad_norm, _ = self._optimizer.step()
-        if successful:
-            self._scheduler.step(increment=self._samples_per_update)
-        self.zero_gradients()
-        return UpdateResult(bool(successful), grad_norm)
+            self._optimizer.step_with_ready_grads()
+        # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
+        self._scheduler.step(increment=self._samples_per_update)
+        self._zero_gradients()
+        return UpdateResult(applies, control.total(update).norm if control.is_drained(update) else None)
 
-    def zero_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
+        """Leave the optimizer nothing to step, but for the tied embedding, which the other stage may step."""
+        for parameter in self._optimizer.get_parameters():
+            if self._tied is None or not _is_part_of(parameter, self._tied.weight):
+                parameter.grad = None
+
+    def _zero_gradients(self) -> None:
         """Clear both places Megatron keeps gradients in, or the next window would count this one again."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
+
+
+def _is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:
+    """Whether ``parameter``, one of an optimizer's, is ``weight``, a shard of it, or its copy in fp32."""
+    begin = weight.data_ptr()
+    return parameter is getattr(weight, "main_param", None) or begin <= parameter.data_ptr() < begin + weight.nbytes

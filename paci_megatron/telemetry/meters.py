@@ -49,6 +49,7 @@ class StageMeter:
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0
+        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self.restart()
 
     def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:

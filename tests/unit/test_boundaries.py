@@ -28,6 +28,8 @@ def drains(drain_interval: int | None = None, counts: Any = lambda n: 4, **chang
         "gpu_sniff_test_interval": None,
         "distributed_timeout_seconds_after_init": None,
         "step_batch_size_schedule": None,
+        "paci_start_iteration": 0,
+        "paci_fallback": 0,
     }
     boundaries = Boundaries(argparse.Namespace(**{**quiet, **changes}), drain_interval, counts)
     return [n for n in range(1, 31) if boundaries.is_drain(n)]

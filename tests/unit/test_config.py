@@ -27,7 +27,9 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "virtual_pipeline_model_parallel_size": None,
         "untie_embeddings_and_output_weights": True,
         "clip_grad": 0.0,
-        "paci_clip_mode": None,
+        "paci_clip_mode": "global",
+        "paci_start_iteration": 0,
+        "paci_fallback": 0,
         "paci_drain_interval": None,
         "paci_emulate_stages": None,
         "paci_weight_policy": "latest",
@@ -158,6 +160,6 @@ def test_a_weight_policy_needs_the_schedule() -> None:
     check_options(namespace(paci_weight_policy="stash"))
     check_options(namespace(pipeline_schedule="1f1b"))
     with pytest.raises(
-        ConfigError, match=r"--paci-weight-policy stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"
+        ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"
     ):
         check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))
