@@ -1,0 +1,116 @@
+"""Ways to interfere with a training run, for ``jobs.train(within=...)``: each makes a context for a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def exit_expected() -> Iterator[None]:
+    """Megatron ends the process as ``--exit-interval`` asks, with status 0."""
+    with pytest.raises(SystemExit) as exit_info:
+        yield
+    assert exit_info.value.code in (None, 0)
+
+
+@contextlib.contextmanager
+def printed_to(folder: str) -> Iterator[None]:
+    """What this rank prints goes to ``folder``/<rank>."""
+    with open(Path(folder) / str(dist.get_rank()), "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+@contextlib.contextmanager
+def save_wanted_in_flight(iteration: int) -> Iterator[None]:
+    """Make ``train_step`` ask for a checkpoint at ``iteration``, which no argument foretells and Megatron obeys."""
+    import megatron.training.training as training
+
+    original = training.train_step
+
+    def train_step(*args: Any, iteration: int, **named: Any) -> Any:
+        loss, skipped, should_checkpoint, *others = original(*args, iteration=iteration, **named)
+        return (loss, skipped, should_checkpoint or iteration + 1 == wanted, *others)
+
+    wanted = iteration
+    training.train_step = train_step
+    yield
+    training.train_step = original
+
+
+@contextlib.contextmanager
+def killed(point: str, rank: int, marker: str) -> Iterator[None]:
+    """``kill -9`` of ``rank`` at ``point``, a key of :func:`kill_points`, after it has written that to the file ``marker``.
+
+    The pool ends the other ranks when it finds out.
+    """
+    if dist.get_rank() == rank:
+        owner, name, before, after = kill_points()[point]
+        original = getattr(owner, name)
+
+        def function(*args: Any, **named: Any) -> Any:
+            if before(*args, **named):
+                die()
+            result = original(*args, **named)
+            if after(*args, **named):
+                die()
+            return result
+
+        def die() -> None:
+            Path(marker).write_text(point)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, function)  # to stay: the process ends here
+    yield
+
+
+def kill_points() -> dict[str, tuple[Any, str, Callable[..., bool], Callable[..., bool]]]:
+    """Where a run that saves after iterations 3, 6 and 9 can be killed.
+
+    A function, as its owner and name, and two answers to its arguments: whether to kill before it runs, and after.
+    """
+    import megatron.training.training as training
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing
+
+    from paci_megatron.host import context as contexts
+
+    def never(*args: Any, **named: Any) -> bool:
+        return False
+
+    def is_second_save(folder: Path) -> bool:
+        return folder.name == "iter_0000006"
+
+    def half_a_shard_is_written(*args: Any, write_bucket: Any, **named: Any) -> bool:
+        path = Path(write_bucket[0])
+        if is_second_save(path.parent):
+            os.truncate(path, path.stat().st_size // 2)
+        return is_second_save(path.parent)
+
+    def all_but_the_index_is_written(writer: Any, *args: Any) -> bool:
+        return is_second_save(Path(writer.checkpoint_dir))
+
+    def the_tracker_is_to_be_updated(folder: str) -> bool:
+        return (Path(folder) / "iter_0000006" / "metadata.json").exists()
+
+    def the_save_is_complete(iteration: int, *args: Any, **named: Any) -> bool:
+        return iteration == 6
+
+    def microbatches_are_in_flight(*args: Any, iteration: int, **named: Any) -> bool:
+        context = contexts.current()
+        return iteration + 1 == 8 and context is not None and not context.is_drained()
+
+    return {
+        "half a shard": (FileSystemWriterAsync, "write_preloaded_data", never, half_a_shard_is_written),
+        "all but the index": (FileSystemWriterAsync, "finish", all_but_the_index_is_written, never),
+        "all but the tracker": (checkpointing, "get_checkpoint_tracker_filename", the_tracker_is_to_be_updated, never),
+        "saved": (training, "save_checkpoint_and_time", never, the_save_is_complete),
+        "in flight": (training, "train_step", never, microbatches_are_in_flight),
+    }
