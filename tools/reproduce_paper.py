@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms, as --dry-run names them")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 1 2 3")
     parser.add_argument("--tokens", type=int, help="tokens of each training, a multiple of what all arms can divide")
+    parser.add_argument("--peak-lr", type=float, help="of the set's smallest batch; others by the square root of theirs")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="default: Python's standard library")
     parser.add_argument("--valid-text", type=Path, nargs="+", metavar="FILE", help="default: documents held out of --text")
@@ -61,6 +62,9 @@ def _study(arguments: argparse.Namespace) -> Study:
     study = SETS[arguments.set]()
     seeds = tuple(arguments.seeds or study.seeds)
     study = dataclasses.replace(study, seeds=seeds, tokens=arguments.tokens or study.tokens)
+    if arguments.peak_lr is not None:
+        smallest = min(arm.batch_size for arm in study.arms)
+        study = dataclasses.replace(study, peak_lr=arguments.peak_lr, lr_batch_size=smallest)
     if len(set(study.seeds)) < len(study.seeds):
         raise StudyError(f"--seeds {' '.join(map(str, study.seeds))}: each seed once, please")
     names = [arm.name for arm in study.arms]

@@ -174,7 +174,7 @@ def _small() -> Study:
         seeds=(1, 2, 3),
         seq_length=128,
         tokens=655_360,
-        peak_lr=1e-3,
+        peak_lr=5e-4,
         lr_batch_size=16,
         flags={**_SMALL, **model},
         vocab_size=2048,
