@@ -107,7 +107,7 @@ def advise(scenario: Scenario, others: Sequence[Outcome] = ()) -> list[str]:
     """Sentences: whether PACI helps, and what would change that. ``others`` are outcomes to hold it against."""
     if scenario.num_stages == 1:
         return ["PACI will not help: with one stage there is no bubble."]
-    paci, extra = (scenario.outcome(find_schedule(name)) for name in ("paci", "paci:1"))
+    paci = scenario.outcome(find_schedule("paci"))
     computing_s = [stage.forward_s + stage.backward_s for stage in scenario.costs.stages]
     if max(computing_s) == min(computing_s):
         balance_gain, imbalance = 0.0, []
@@ -123,7 +123,7 @@ def advise(scenario: Scenario, others: Sequence[Outcome] = ()) -> list[str]:
     speed = f"{paci.speedup_vs_flush:.2f}x the throughput of 1F1B-flush, where the bubble allows {limit:.2f}x"
     helps = not reasons and paci.speedup_vs_flush >= 1 + WORTHWHILE
     verdict = f"PACI helps: {speed}." if helps else f"PACI will not help much: {'; '.join([*reasons, speed])}."
-    return [verdict, _smallest(scenario.num_stages), _extra_in_flight(paci, extra), *imbalance]
+    return [verdict, _smallest(scenario.num_stages), *_more_in_flight(scenario, paci), *imbalance]
 
 
 def _small_bubble(scenario: Scenario, paci: Outcome) -> list[str]:
@@ -160,8 +160,9 @@ def _rival(paci: Outcome, others: Sequence[Outcome]) -> list[str]:
     if not rivals:
         return []
     best = max(rivals, key=lambda other: other.microbatches_per_s)
-    share, activations = best.microbatches_per_s / paci.microbatches_per_s, max(best.peak_activations)
-    return [f"{best.title} reaches {share:.0%} of its speed without drift, with {activations:g} activations for {memory:g}"]
+    share = best.microbatches_per_s / paci.microbatches_per_s
+    held = f"{max(best.peak_activations):g} activations instead of {memory:g}"
+    return [f"{best.title} reaches {share:.0%} of its speed without drift, holding {held}"]
 
 
 def _smallest(num_stages: int) -> str:
@@ -170,11 +171,21 @@ def _smallest(num_stages: int) -> str:
     return f"Drift stays within 1 update from {a} micro-batches per update on, where the bubble allows {limit:.2f}x."
 
 
-def _extra_in_flight(paci: Outcome, extra: Outcome) -> str:
-    gain = extra.microbatches_per_s / paci.microbatches_per_s - 1
-    buys = f"{gain:.1%} throughput" if gain >= 0.005 else "nothing here"
-    drifts = f"{max(extra.max_drift)} updates instead of {max(paci.max_drift)}"
-    return f"One more micro-batch in flight (k=1) buys {buys}, for 1 activation more a stage and a drift of up to {drifts}."
+def _more_in_flight(scenario: Scenario, paci: Outcome) -> list[str]:
+    """What more micro-batches in flight buy: one more on every stage, and one more for each stage that follows."""
+
+    def sentence(name: str, what: str) -> str:
+        more = scenario.outcome(find_schedule(name))
+        gain = more.microbatches_per_s / paci.microbatches_per_s - 1
+        buys = f"{gain:.1%} throughput" if gain >= 0.005 else "nothing here"
+        activations = f"{max(more.peak_activations):g} activations instead of {max(paci.peak_activations):g}"
+        drift = f"a drift of up to {max(more.max_drift)} instead of {max(paci.max_drift)}"
+        return f"{what} buys {buys}, for {activations} and {drift}."
+
+    return [
+        sentence("paci:1", "One more micro-batch in flight on every stage (paci:1)"),
+        sentence("paci-slack:1", "One more for each stage that follows (paci-slack:1)"),
+    ]
 
 
 def _imbalance(scenario: Scenario, paci: Outcome, computing_s: list[float]) -> tuple[float, str]:

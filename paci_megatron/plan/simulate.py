@@ -124,11 +124,11 @@ class Simulation:
         """The most that the stage holds at a time, in activations of one micro-batch on the whole stage."""
         return self.stages[stage_index].peak_in_flight / self.chunks
 
-    def microbatches_per_s(self, after_update: int = 0) -> float:
-        """Throughput from the end of ``after_update`` to the end of the last update, each where the last stage ends it."""
-        first, last = (max(stage.marks[k].end_s for stage in self.stages) for k in (after_update, -1))
+    def microbatches_per_s(self, after_update: int = 0, up_to_update: int = -1) -> float:
+        """Throughput from the end of one update to that of another (-1 for the last), on the stage that ends it last."""
+        first, last = (max(stage.marks[k].end_s for stage in self.stages) for k in (after_update, up_to_update))
         marks = self.stages[0].marks
-        return (marks[-1].backwards - marks[after_update].backwards) / self.chunks / (last - first)
+        return (marks[up_to_update].backwards - marks[after_update].backwards) / self.chunks / (last - first)
 
     def mean_drift(self, stage_index: int, after_update: int = 0) -> float:
         """The mean over the backwards since ``after_update``."""
