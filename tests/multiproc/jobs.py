@@ -16,6 +16,15 @@ import torch.distributed as dist
 
 import paci_megatron
 
+from .evaluation_jobs import (  # noqa: F401 - jobs by name
+    adopted_arguments,
+    evaluate_checkpoint,
+    losses_by_loop,
+    losses_token_by_token,
+    next_tokens,
+    refused_evaluation,
+)
+
 
 @dataclass
 class TrainingResult:
@@ -80,7 +89,9 @@ def train(
     return result
 
 
-def train_by_reference(argv: list[str]) -> TrainingResult:
+def train_by_reference(
+    argv: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+) -> TrainingResult:
     """Train the models that Megatron builds for emulated stages with tests/reference.py in the place of its loop."""
     reports: list[torch.Tensor] = []  # (summed loss, tokens) of each micro-batch
     result = TrainingResult()
@@ -94,19 +105,24 @@ def train_by_reference(argv: list[str]) -> TrainingResult:
         args, data = get_args(), others[2]
         a = args.global_batch_size // args.micro_batch_size
         stages = [
-            _reference_stage(unwrap_model(chunk).train(), iterator, a, args.lr, reports)
-            for chunk, iterator in zip(model, data, strict=True)
+            _reference_stage(unwrap_model(chunk).train(), optimizer, iterator, a, args.lr, reports)
+            for chunk, optimizer, iterator in zip(model, others[0]._optimizers, data, strict=True)
         ]
-        reference.train(stages, a, args.train_iters, args.paci_weight_policy)
+        reference.train(stages, a, args.train_iters, args.paci_weight_policy, args.clip_grad)
         windows = torch.stack(reports).view(args.train_iters, a, 2).sum(dim=1)
         result.losses = (windows[:, 0] / windows[:, 1]).tolist()
         return args.train_iters, 0.0
 
-    result.stage_weights = train(argv, loop=loop).stage_weights
+    result.stage_weights = train(argv, loop=loop, within=within).stage_weights
     return result
 
 
-def _reference_stage(chunk: Any, data: Any, a: int, learning_rate: float, reports: list[torch.Tensor]) -> Any:
+def _reference_stage(
+    chunk: Any, optimizer: Any, data: Any, a: int, learning_rate: float, reports: list[torch.Tensor]
+) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
     from tests import reference
 
     def forward(microbatch: int, activation: torch.Tensor | None) -> torch.Tensor:
@@ -128,8 +144,65 @@ def _reference_stage(chunk: Any, data: Any, a: int, learning_rate: float, report
 
     parameters = list(chunk.parameters())
     weights = [parameter.detach().clone().requires_grad_() for parameter in parameters]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
-    return reference.ReferenceStage(forward, parameters, weights, optimizer)
+    adam = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
+    # The order in which Megatron's optimizer sums the squares.
+    order = [position[id(p)] for p in optimizer.get_parameters() if not getattr(p, "shared", False)]
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def norm(gradients: list[torch.Tensor]) -> float:
+        return float(get_grad_norm_fp32([gradients[index] for index in order], grad_stats_parallel_group=group))
+
+    ends = chunk.pre_process or chunk.post_process
+    tied = ends and chunk.share_embeddings_and_output_weights
+    shared = position[id(chunk.shared_embedding_or_output_weight())] if tied else None
+    return reference.ReferenceStage(forward, parameters, weights, adam, norm, shared)
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A stage's output of one training micro-batch, or the gradient that comes back for it, times ``factor``."""
+
+    stage: int
+    microbatch: int
+    factor: float
+    backward: bool = False
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, models are built with it; for ``train``'s ``within``."""
+        import megatron.training.training as training
+        from megatron.core import parallel_state
+        from megatron.core.utils import unwrap_model
+
+        original = training.setup_model_and_optimizer
+
+        def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+            built = original(*args, **kwargs)
+            first = parallel_state.get_pipeline_model_parallel_rank() if len(built[0]) == 1 else 0
+            for stage, chunk in enumerate(built[0], start=first):
+                if stage == self.stage:
+                    self._hook(unwrap_model(chunk))
+            return built
+
+        training.setup_model_and_optimizer = setup_model_and_optimizer
+        yield
+        training.setup_model_and_optimizer = original
+
+    def _hook(self, model: torch.nn.Module) -> None:
+        count = 0
+
+        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            nonlocal count
+            count += module.training
+            if not module.training or count - 1 != self.microbatch:
+                return None
+            if self.backward:
+                output.register_hook(lambda gradient: gradient * self.factor)
+                return None
+            return output * self.factor
+
+        model.register_forward_hook(hook)
 
 
 def _pretrain(script: Any) -> None:
@@ -152,6 +225,10 @@ def _forget_run() -> None:
     training.destroy_global_state()
     parallel_state.destroy_model_parallel()
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    # Each group has threads of its own: after fifty runs they would take all the time there is.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
