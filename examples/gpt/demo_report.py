@@ -9,11 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from paci_megatron.telemetry import plotting
+from paci_megatron.telemetry.curves import Curve
+
 Event = dict[str, Any]
 
 SCHEDULES = ("1f1b", "paci")
 NAMES = {"1f1b": "1F1B-flush", "paci": "PACI"}
-COLOURS = {"1f1b": "#0072B2", "paci": "#D55E00"}
 
 
 class Interval(NamedTuple):
@@ -150,38 +152,25 @@ def table(summary: dict[str, Any]) -> str:
 
 def plot_curves(runs: dict[str, list[Event]], summary: dict[str, Any], path: Path) -> None:
     """Write the picture: validation perplexity against training time and against tokens, both schedules."""
-    import matplotlib
+    figure, (by_time, by_tokens) = plotting.new_figure(2, size=(10, 4.4))
+    points = {schedule: evaluations(runs[schedule]) for schedule in SCHEDULES}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
+    def curves(attribute: str) -> list[Curve]:
+        return [
+            Curve(NAMES[s], [getattr(point, attribute) for point in points[s]], [point.perplexity for point in points[s]])
+            for s in SCHEDULES
+        ]
 
-    figure, (by_time, by_tokens) = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    for schedule, style in zip(SCHEDULES, ("o-", "s--"), strict=True):
-        points = evaluations(runs[schedule])
-        perplexities = [point.perplexity for point in points]
-        look = {"color": COLOURS[schedule], "label": NAMES[schedule], "markersize": 5, "linewidth": 1.8}
-        by_time.plot([point.train_s for point in points], perplexities, style, **look)
-        by_tokens.plot([point.tokens / 1000 for point in points], perplexities, style, **look)
-    by_time.set(xlabel="training time without evaluations (s)", ylabel="validation perplexity", yscale="log")
-    by_tokens.set(xlabel="tokens trained on (thousands)")
-    ticks = perplexity_ticks(*by_time.get_ylim())
-    by_time.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    by_time.yaxis.set_minor_locator(NullLocator())
+    plotting.draw(by_time, curves("train_s"))
+    plotting.draw(by_tokens, curves("tokens"))
+    by_time.set(xlabel="training time without evaluations (s)", ylabel="validation perplexity")
+    by_tokens.set(xlabel="tokens trained on")
+    plotting.use_short_counts(by_tokens)
+    plotting.use_log_ticks(by_time)
     for axes in (by_time, by_tokens):
         axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+        plotting.finish(axes)
     num_stages, a = summary["num_stages"], summary["microbatches_per_update"]
     figure.suptitle(f"{num_stages} stages, {a} micro-batches per update: speed-up {summary['speedup']:.2f}x")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def perplexity_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within [low, high], denser where the range is less than a decade."""
-    digits = (1, 2, 5) if high >= 10 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
-    return [tick for tick in ticks if low <= tick <= high]
+    plotting.save(figure, path)
