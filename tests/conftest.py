@@ -43,13 +43,13 @@ def one_process() -> Iterator[Callable[..., Any]]:
     worker: Pool | None = None
     done: dict[str, Any] = {}
 
-    def run(argv: list[str], job: str = "train") -> Any:
+    def run(argv: list[str], job: str = "train", **named: Any) -> Any:
         nonlocal worker
-        key = " ".join([job, *argv])
+        key = " ".join([job, *argv, repr(named)])
         if key not in done:
             if worker is None or worker.is_closed:
                 worker = Pool(1)
-            (done[key],) = worker.run(job, argv=argv)
+            (done[key],) = worker.run(job, argv=argv, **named)
         return done[key]
 
     yield run

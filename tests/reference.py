@@ -7,6 +7,7 @@ in flight at stage s, and each stage updates its weights after every a backwards
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,14 +27,21 @@ class ReferenceStage:
     parameters: list[torch.nn.Parameter]
     weights: list[torch.Tensor]
     optimizer: torch.optim.Optimizer
+    norm: Callable[[list[torch.Tensor]], float]  # of the gradients that this stage counts
+    tied: int | None = None  # which of the parameters the first and last stage share
 
 
 def train(
-    stages: Sequence[ReferenceStage], microbatches_per_update: int, updates: int, policy: str = "latest"
+    stages: Sequence[ReferenceStage],
+    microbatches_per_update: int,
+    updates: int,
+    policy: str = "latest",
+    max_norm: float = 0.0,
 ) -> list[list[int]]:
     """Train for that many updates of each stage; returns each stage's drifts by micro-batch, in updates.
 
-    ``policy`` is latest (PACI), stash (PipeDream) or double-buffer (PipeDream-2BW).
+    ``policy`` is latest (PACI), stash (PipeDream) or double-buffer (PipeDream-2BW). ``max_norm`` clips globally, if not 0.
+    The last update comes when all stages have finished.
     """
     num_stages, a = len(stages), microbatches_per_update
     total = a * updates
@@ -44,6 +52,7 @@ def train(
     version = [0] * num_stages
     history = [[[p.detach().clone() for p in stage.parameters]] for stage in stages]  # every version there was
     drifts: list[list[int]] = [[] for _ in stages]
+    windows = Windows(stages, a, max_norm)
 
     for tick in range(2 * num_stages + 2 * total):
         for s, stage in enumerate(stages):
@@ -69,11 +78,14 @@ def train(
                 for accumulated, gradient in zip(sums[s], found, strict=True):
                     accumulated += gradient
                 if (m + 1) % a == 0:
-                    update(stage, sums[s])
-                    history[s].append([weight.detach().clone() for weight in stage.weights])
-                    version[s] += 1
+                    windows.close(s, sums[s])
+                    if m + 1 < total:
+                        version[s] += 1
+                        windows.update(s, version[s])
+                        history[s].append([weight.detach().clone() for weight in stage.weights])
     for s, stage in enumerate(stages):
-        put(history[s][-1], stage)
+        windows.update(s, updates, drained=True)
+        put(stage.weights, stage)
     return drifts
 
 
@@ -83,9 +95,61 @@ def put(values: Sequence[torch.Tensor], stage: ReferenceStage) -> None:
         parameter.data.copy_(value)
 
 
-def update(stage: ReferenceStage, sums: list[torch.Tensor]) -> None:
-    """Make the next weight version from the summed gradients."""
-    for weight, accumulated in zip(stage.weights, sums, strict=True):
-        weight.grad = accumulated.clone()
-        accumulated.zero_()
-    stage.optimizer.step()
+class Windows:
+    """The gradients of all windows of all stages, and the updates made from them. Windows and updates count from 1."""
+
+    def __init__(self, stages: Sequence[ReferenceStage], a: int, max_norm: float) -> None:
+        self.stages = stages
+        self.lag = -(-len(stages) // a)  # updates after which a global norm, or a tied gradient, is used
+        self.max_norm = max_norm
+        self.gradients: list[list[list[torch.Tensor]]] = [[] for _ in stages]
+        self.squares: list[list[float]] = [[] for _ in stages]
+        self.tied_done = [0] * len(stages)
+
+    def close(self, s: int, sums: list[torch.Tensor]) -> None:
+        """A window of stage s is complete: keep its gradients and their squared norm, and clear the sums."""
+        counted = [g.clone() for g in sums]
+        self.gradients[s].append(counted)
+        for g in sums:
+            g.zero_()
+        tied = self.stages[s].tied
+        if tied is not None and s == 0:  # the sum of both parts counts here, and not on the last stage
+            counted = [*counted]
+            counted[tied] = self.tied_sum(len(self.gradients[0]))
+        norm = self.stages[s].norm(counted)
+        self.squares[s].append(norm * norm)
+
+    def tied_sum(self, k: int) -> torch.Tensor:
+        parts = []
+        for s in (0, -1):
+            tied = self.stages[s].tied
+            assert tied is not None
+            parts.append(self.gradients[s][k - 1][tied])
+        return parts[0] + parts[1]
+
+    def norm(self, k: int, from_stage: int = 0) -> float:
+        """The norm of window k over this stage and the later ones; not finite if a gradient is not."""
+        total = 0.0
+        for squares in reversed(self.squares[from_stage:]):
+            total = squares[k - 1] + total
+        return math.sqrt(total) if math.isfinite(total) else total
+
+    def coefficient(self, norm: float) -> float:
+        return min(self.max_norm / (norm + 1e-6), 1.0) if self.max_norm else 1.0
+
+    def update(self, s: int, k: int, drained: bool = False) -> None:
+        """Update k of stage s: skipped if its gradients or later stages' are not finite, clipped by what is known."""
+        stage = self.stages[s]
+        known = self.norm(k, 0 if drained else s)
+        earlier = self.norm(k - self.lag) if k > self.lag else 0.0
+        largest = known if drained or not math.isfinite(earlier) else max(known, earlier)
+        for weight, gradient in zip(stage.weights, self.gradients[s][k - 1], strict=True):
+            weight.grad = gradient * self.coefficient(largest) if math.isfinite(known) else None
+        if stage.tied is not None:
+            gradient = torch.zeros_like(stage.weights[stage.tied])
+            for window in range(self.tied_done[s] + 1, (k if drained else k - self.lag) + 1):
+                self.tied_done[s] = window
+                if math.isfinite(self.norm(window)):
+                    gradient += self.tied_sum(window) * self.coefficient(self.norm(window))
+            stage.weights[stage.tied].grad = gradient
+        stage.optimizer.step()

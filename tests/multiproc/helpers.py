@@ -72,7 +72,7 @@ def assert_same_weights(left: list[dict[str, np.ndarray]], right: list[dict[str,
 def assert_same_run(processes: list[TrainingResult], one: TrainingResult) -> None:
     """Every loss, evaluation and final weight of the processes is the emulation's, in every bit."""
     assert one.losses and len(one.evaluations) >= 2
-    assert processes[-1].losses == one.losses
+    assert np.array_equal(processes[-1].losses, one.losses, equal_nan=True)
     assert processes[-1].evaluations == one.evaluations
     assert_same_weights([process.weights for process in processes], one.stage_weights)
 
