@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,6 +43,19 @@ def adopted_arguments(argv: list[str], names: Sequence[str]) -> dict[str, Any]:
     with _plugin():
         args = _completed(argv)
         return {name: getattr(args, name) for name in names}
+
+
+def differences_from_training(argv: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The arguments that decide what the model computes and that are not as in training: (training's, the evaluation's)."""
+    with _plugin():
+        from megatron.training.checkpointing import load_args_from_checkpoint
+
+        from paci_megatron.host.checkpoint_args import model_arguments
+
+        args = _completed(argv)
+        saved = load_args_from_checkpoint(argparse.Namespace(**vars(args)))[1]
+        pairs = {name: (getattr(saved, name), getattr(args, name)) for name in model_arguments(args)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _completed(argv: list[str]) -> Any:

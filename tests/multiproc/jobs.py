@@ -18,6 +18,7 @@ import paci_megatron
 
 from .evaluation_jobs import (  # noqa: F401 - jobs by name
     adopted_arguments,
+    differences_from_training,
     evaluate_checkpoint,
     losses_by_loop,
     losses_token_by_token,

@@ -29,10 +29,16 @@ OneProcess = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[OneProcess]:
-    """Run a job in a process of its own, which stays for the module."""
-    pool = Pool(1)
-    yield lambda job, **arguments: pool.run(job, **arguments)[0]
-    pool.close()
+    """Run a job in a process of its own, which stays for the module, unless a job fails."""
+    pools = [Pool(1)]
+
+    def run(job: str, **arguments: Any) -> Any:
+        if pools[-1].is_closed:
+            pools.append(Pool(1))
+        return pools[-1].run(job, **arguments)[0]
+
+    yield run
+    pools[-1].close()
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +125,34 @@ def test_stock_checkpoint_of_another_split(
     (expected,) = one_process("losses_by_loop", argv=loading(str(tmp_path)), ids=ids, protocols=[(CONTEXT, 7)])
     argv = loading(str(tmp_path), num_stages, tp)
     result = pool(num_stages * tp).run("evaluate_checkpoint", argv=argv, inputs=(numbers,), stride=7)[0]
+    assert result["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+MODELS = {
+    "llama": [
+        *("--position-embedding-type", "rope", "--rotary-percent", "0.5", "--rotary-base", "5000", "--use-rope-scaling"),
+        *("--swiglu", "--normalization", "RMSNorm", "--norm-epsilon", "1e-3", "--disable-bias-linear", "--qk-layernorm"),
+        *("--group-query-attention", "--num-query-groups", "1"),
+    ],
+    "experts": [
+        *("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48", "--moe-router-pre-softmax"),
+        "--disable-bias-linear",
+    ],
+    "tied": [],
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_of_all_kinds(
+    pool: GetPool, one_process: OneProcess, corpus: str, ids: list[int], numbers: str, tmp_path: Path, model: str
+) -> None:
+    argv = [*arguments(corpus, 1, 2, *MODELS[model], iters=4), "--save", str(tmp_path), "--save-interval", "4"]
+    if model == "tied":
+        argv.remove("--untie-embeddings-and-output-weights")
+    one_process("train", argv=argv)
+    assert one_process("differences_from_training", argv=loading(str(tmp_path))) == {}
+    (expected,) = one_process("losses_by_loop", argv=loading(str(tmp_path)), ids=ids, protocols=[(CONTEXT, 7)])
+    result = pool(2).run("evaluate_checkpoint", argv=loading(str(tmp_path), 2), inputs=(numbers,), stride=7)[0]
     assert result["nll"] == pytest.approx(expected, rel=1e-5)
 
 
