@@ -21,9 +21,9 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--paci-clip-mode",
         choices=CLIP_MODES,
         default="global",
-        help="How --clip-grad applies under paci. global: by the norm over all stages, of a fixed number of updates ago, and "
-        "what a stage knows of the current one. stage: each stage by the norm of its own gradients. none: not at all, like "
-        "--clip-grad 0.",
+        help="How --clip-grad applies under paci. global: by the norm over all stages, of a fixed number of updates ago, "
+        "and what a stage knows of the current one. stage: each stage by the norm of its own gradients. none: not at all, "
+        "like --clip-grad 0.",
     )
     group.add_argument(
         "--paci-drain-interval",
@@ -32,21 +32,6 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="UPDATES",
         help="Run the pipeline empty after every so many updates, besides evaluations, checkpoints and the end. 1 "
         "makes paci the same computation as 1f1b. Default: never.",
-    )
-    group.add_argument(
-        "--paci-start-iteration",
-        type=int,
-        default=0,
-        metavar="ITERATION",
-        help="Flush as 1f1b does up to this iteration, and not from there on.",
-    )
-    group.add_argument(
-        "--paci-fallback",
-        type=int,
-        default=0,
-        metavar="ITERATIONS",
-        help="After a jump of the loss, or gradients that are not finite, flush as 1f1b does for so many iterations. "
-        "Default: never.",
     )
     group.add_argument(
         "--paci-weight-policy",
@@ -71,4 +56,31 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Append one JSON object a line to this file, for each log interval, evaluation and drain: losses, "
         "perplexities, tokens, seconds, drift, bubble. Works with either schedule.",
     )
+    _add_safety_arguments(group)
     return parser
+
+
+def _add_safety_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--paci-start-iteration",
+        type=int,
+        default=0,
+        metavar="ITERATION",
+        help="Flush as 1f1b does up to this iteration, and not from there on.",
+    )
+    group.add_argument(
+        "--paci-fallback",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="After a jump of the loss, or gradients that are not finite, flush as 1f1b does for so many iterations. "
+        "Default: never.",
+    )
+    group.add_argument(
+        "--paci-transfer-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="End the job if a stage is at one action of its plan for so long, after every rank has said where it is and "
+        "which stage it waits for. SIGUSR1 asks a rank to say so at any time.",
+    )

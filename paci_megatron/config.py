@@ -216,6 +216,8 @@ class PaciConfig:
         for flag, value in (("start-iteration", args.paci_start_iteration), ("fallback", args.paci_fallback)):
             if value < 0:
                 raise ConfigError(f"--paci-{flag} {value}: must be 0 (off) or a number of iterations.")
+        if args.paci_transfer_timeout <= 0:
+            raise ConfigError(f"--paci-transfer-timeout {args.paci_transfer_timeout:g}: must be more than 0 seconds.")
         _check_layout(args)
         _check_weight_policy(args)
         return cls(

@@ -23,6 +23,7 @@ from . import wiring
 from .boundaries import Boundaries
 from .requests import can_request, requests
 from .stage import Stage, Wiring
+from .watchdog import Watchdog
 
 
 class TrainingContext:
@@ -42,6 +43,7 @@ class TrainingContext:
         self.grad_norms: dict[int, float] = {}  # global, by iteration; complete some updates later
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
+        self.watchdog = Watchdog(stages, args.paci_transfer_timeout, torch.distributed.get_rank())
 
     def is_drained(self) -> bool:
         """Whether the pipeline is empty and all stages have done the same updates."""
@@ -68,6 +70,8 @@ class TrainingContext:
         if self.boundaries.is_drain(self.iteration):
             for stage in self.stages:
                 stage.end_plan()
+            if not self.args.untie_embeddings_and_output_weights:
+                self._check_tied_embeddings()
         return self.stages[-1].take_losses()
 
     def iterator_of(self, stage: Stage, data_iterator: Any) -> Any:
@@ -95,6 +99,24 @@ class TrainingContext:
 
         for stage in self.stages:
             stage.begin_plan(a, is_drain, self.args, on_total)
+
+    def take_grad_norms(self) -> dict[int, float]:
+        """The global gradient norms that have become known, by iteration, removed."""
+        taken, self.grad_norms = self.grad_norms, {}
+        return taken
+
+    def _check_tied_embeddings(self) -> None:
+        """``RuntimeError`` if the two replicas of a tied embedding are not the same. A collective, for drains."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        gathered: list[Any] = [None] * group.size()
+        mine = [stage.tied_fingerprint() for stage in self.stages if stage.holds_tied_embedding]
+        torch.distributed.all_gather_object(gathered, mine, group=group)
+        fingerprints = [fingerprint for stages in gathered for fingerprint in stages]
+        if len(set(fingerprints)) != 1:
+            raise RuntimeError(
+                f"the tied embedding differs between the first and last stage after iteration {self.iteration}; this is a "
+                "bug in paci-megatron, please report it. --untie-embeddings-and-output-weights works around it."
+            )
 
     def _fall_back(self, iteration: int, from_iteration: int, reason: str) -> None:
         if self.boundaries.fall_back_at(from_iteration):
@@ -164,6 +186,7 @@ def distributed_stage(
         agree=wiring.agreement(args) if can_request(args) else lambda record: record,
         exchange=tied,
         requests=requests,
+        rank_of=torch.distributed.get_process_group_ranks(groups.pp).__getitem__,
     )
     return Stage(groups.pp.rank(), config, model, optimizer, scheduler, groups, meter, links)
 
@@ -194,7 +217,14 @@ def current() -> TrainingContext | None:
     return _current
 
 
+def runs_plans() -> bool:
+    """Whether plans are run here: under paci, or with emulated stages. Otherwise Megatron runs its own schedule."""
+    return _current is not None
+
+
 def set_current(context: TrainingContext | None) -> None:
     """Set or forget the run in progress."""
     global _current
+    if _current is not None:
+        _current.watchdog.stop()
     _current = context

@@ -1,12 +1,13 @@
-"""What stands in Megatron's place at each patch point: a factory takes the original and returns the replacement."""
+"""What stands in Megatron's place at each patch point: a factory takes the original and returns the replacement.
+
+Here is what happens before training begins, and how a run is set up; what stands in the training loop is in loop_hooks.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core import parallel_state
@@ -16,10 +17,12 @@ from megatron.core.utils import unwrap_model
 
 from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags, check_options
+from paci_megatron.runtime.control import Record
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import context as contexts
 from . import cpu, emulation
+from . import monitor as monitors
 from .boundaries import Boundaries, MicrobatchForecast
 from .capabilities import adapt_to_installed, check_installed
 from .inputs import exit_on_config_error
@@ -27,26 +30,15 @@ from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
 from .resume import resume_line
 from .stage import Stage
-from .torch_adam import loaded_with_own_step as loaded_with_own_step
-from .torch_adam import with_steps_to_load as with_steps_to_load
-from .train_step import forward_backward_pipelining_paci, train_step
+from .train_step import forward_backward_pipelining_paci
 
 Function = Callable[..., Any]
-
-_monitor: RunMonitor | None = None
-_evaluating: tuple[str, int] | None = None  # prefix and iteration of the evaluation in progress
 
 
 def reset() -> None:
     """Forget the run in progress."""
-    global _monitor
-    _monitor = None
+    monitors.set_current(None)
     contexts.set_current(None)
-
-
-def _runs_plans() -> bool:
-    """Whether plans are run here: under paci, or with emulated stages. Otherwise Megatron runs its own schedule."""
-    return contexts.current() is not None
 
 
 def _emulates() -> bool:
@@ -155,9 +147,8 @@ def model_set_up(original: Function) -> Function:
 
 
 def _begin_monitor(args: Any, meters: list[StageMeter]) -> Boundaries:
-    global _monitor
     boundaries = Boundaries(args, args.paci_drain_interval, MicrobatchForecast(args))
-    _monitor = RunMonitor(args, meters, boundaries)
+    monitors.set_current(RunMonitor(args, meters, boundaries))
     return boundaries
 
 
@@ -167,6 +158,9 @@ def _begin_plans(args: Any, stages: list[Stage]) -> None:
 
     boundaries = _begin_monitor(args, [stage.meter for stage in stages])
     context = contexts.TrainingContext(PaciConfig.from_args(args), args, boundaries, stages)
+    if getattr(args, "paci_last_total", None) is not None:  # from a checkpoint
+        for stage in stages:
+            stage.last_total = Record(*args.paci_last_total)
     contexts.set_current(context)
     if args.num_experts is not None:
         set_moe_metrics_tracker(DrainedMoEMetrics(context.is_drained))
@@ -188,25 +182,6 @@ def data_iterators_by_stage(original: Function) -> Function:
         return emulation.build_data_iterators(original, context.stages, provider)
 
     return build_train_valid_test_data_iterators
-
-
-def skipped_by_stage(original: Function) -> Function:
-    """Wrap ``dummy_train_step``, which reads a skipped iteration's data."""
-
-    @functools.wraps(original)
-    def dummy_train_step(data_iterator: Any) -> None:
-        context = contexts.current()
-        if context is None:
-            return original(data_iterator)
-        context.require_drained("a skipped iteration")
-        for stage in context.stages:
-            iterator = context.iterator_of(stage, data_iterator)
-            if iterator is not None or not context.config.emulates:
-                with stage.active():
-                    original(iterator)
-        return None
-
-    return dummy_train_step
 
 
 def last_stage_is_here(original: Function) -> Function:
@@ -242,81 +217,9 @@ def state_of_all_stages(original: Function) -> Function:
 def schedule_chosen(original: Function) -> Function:
     @functools.wraps(original)
     def get_forward_backward_func(*positional: Any, **named: Any) -> Function:
-        return forward_backward_pipelining_paci if _runs_plans() else original(*positional, **named)
+        return forward_backward_pipelining_paci if contexts.runs_plans() else original(*positional, **named)
 
     return get_forward_backward_func
-
-
-def train_step_chosen(original: Function) -> Function:
-    @functools.wraps(original)
-    def chosen_train_step(*positional: Any, iteration: int, **named: Any) -> Any:
-        step: Function = train_step if _runs_plans() else original
-        if _monitor is None:
-            return step(*positional, iteration=iteration, **named)
-        _monitor.begin_iteration()
-        result = step(*positional, iteration=iteration, **named)
-        if not _runs_plans():  # the executor counts its own updates
-            for meter in _monitor.meters:
-                meter.count_update(successful=not result[1])
-        _monitor.end_iteration(iteration + 1, losses=result[0])
-        return result
-
-    return chosen_train_step
-
-
-def metered(original: Function) -> Function:
-    """Count the time inside as the stage's computing, for the measured bubble of Megatron's own schedule."""
-
-    @functools.wraps(original)
-    def metered_function(*positional: Any, **named: Any) -> Any:
-        if _monitor is None or _runs_plans():  # the executor meters itself
-            return original(*positional, **named)
-        with _monitor.meters[0].computing():
-            return original(*positional, **named)
-
-    return metered_function
-
-
-def training_log_recorded(original: Function) -> Function:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def training_log(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args
-
-        result = original(*positional, **named)
-        iteration = signature.bind(*positional, **named).arguments["iteration"]
-        if _monitor is not None and (iteration % get_args().log_interval == 0 or iteration == 1):
-            _monitor.log_interval(iteration)
-        return result
-
-    return training_log
-
-
-def evaluation_recorded(original: Function) -> Function:
-    """Wrap ``evaluate_and_print_results``: the pipeline must be empty, and training time stands still."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def evaluate_and_print_results(*positional: Any, **named: Any) -> Any:
-        global _evaluating
-        arguments = signature.bind(*positional, **named).arguments
-        _evaluating = (arguments["prefix"], arguments["iteration"])
-        with _paused("an evaluation"):
-            return original(*positional, **named)
-
-    return evaluate_and_print_results
-
-
-def evaluation_result_recorded(original: Function) -> Function:
-    @functools.wraps(original)
-    def evaluate(*positional: Any, **named: Any) -> Any:
-        result = original(*positional, **named)
-        if _monitor is not None and _evaluating is not None and result[0] is not None:
-            _monitor.evaluated(*_evaluating, losses=result[0])
-        return result
-
-    return evaluate
 
 
 def resume_reported(original: Function) -> Function:
@@ -327,78 +230,13 @@ def resume_reported(original: Function) -> Function:
         from megatron.training import get_args
 
         original(checkpoint_args, *positional, **named)
+        get_args().paci_last_total = getattr(checkpoint_args, "paci_last_total", None)
         line = resume_line(checkpoint_args, get_args())
         # Emulated stages load one after the other; the first speaks for all.
         if line is not None and parallel_state.get_pipeline_model_parallel_rank() == 0:
             _print_first_rank(get_args(), line)
 
     return check_checkpoint_args
-
-
-def exit_decided_when_drained(original: Function) -> Function:
-    """Wrap ``checkpoint_and_decide_exit``, which asks all ranks in every iteration whether to stop."""
-
-    @functools.wraps(original)
-    def checkpoint_and_decide_exit(*positional: Any, **named: Any) -> bool:
-        from megatron.training import get_args
-
-        context = contexts.current()
-        if context is None or context.is_drained():
-            return bool(original(*positional, **named))
-        # Who wants to stop says so in the records, and the pipeline drains soon.
-        args = get_args()
-        asked = args.exit_signal_handler, args.exit_duration_in_mins
-        args.exit_signal_handler, args.exit_duration_in_mins = False, None
-        exits = bool(original(*positional, **named))
-        args.exit_signal_handler, args.exit_duration_in_mins = asked
-        return exits
-
-    return checkpoint_and_decide_exit
-
-
-def save_when_drained(original: Function) -> Function:
-    @functools.wraps(original)
-    def save_checkpoint_and_time(*positional: Any, **named: Any) -> Any:
-        with _paused("a checkpoint"):
-            return original(*positional, **named)
-
-    return save_checkpoint_and_time
-
-
-@contextlib.contextmanager
-def _paused(purpose: str) -> Iterator[None]:
-    """Training stands still inside, with the pipeline empty."""
-    context = contexts.current()
-    if context is not None:
-        context.require_drained(purpose)
-    if _monitor is None:
-        yield
-        return
-    _monitor.pause()
-    yield
-    _monitor.resume()
-
-
-def async_save_finalized_when_drained(original: Function) -> Function:
-    @functools.wraps(original)
-    def maybe_finalize_async_save(*positional: Any, **named: Any) -> Any:
-        context = contexts.current()
-        # It agrees with all ranks whether the save is complete; until a drain it can wait.
-        if context is None or context.is_drained():
-            return original(*positional, **named)
-        return None
-
-    return maybe_finalize_async_save
-
-
-def kept_within_stage(original: Function) -> Function:
-    """Wrap a reduction over all stages whose value every stage already has: the learning rate of the log line."""
-
-    @functools.wraps(original)
-    def reduce_max_stat_across_model_parallel_group(stat: Any, *positional: Any, **named: Any) -> Any:
-        return stat if _runs_plans() else original(stat, *positional, **named)
-
-    return reduce_max_stat_across_model_parallel_group
 
 
 def compiled_in_the_wheel(original: Function) -> Function:

@@ -37,6 +37,7 @@ class RunMonitor:
         self._paused_since: float | None = None
         self._logged_s = 0.0
         self._losses: list[torch.Tensor] = []
+        self._grad_norm: tuple[int, float] | None = None  # iteration and global norm, the latest that is known
 
     def begin_iteration(self) -> None:
         """An iteration starts."""
@@ -46,16 +47,34 @@ class RunMonitor:
             for meter in self.meters:
                 meter.restart()
 
-    def end_iteration(self, iteration: int, losses: dict[str, torch.Tensor]) -> None:
-        """Iteration ``iteration`` (from 1) is done. At a drain, collective over the pipeline."""
+    def end_iteration(
+        self, iteration: int, losses: dict[str, torch.Tensor], grad_norms: dict[int, float] | None = None
+    ) -> None:
+        """Iteration ``iteration`` (from 1) is done. At a drain, collective over the pipeline.
+
+        ``grad_norms`` are the global norms, by iteration, that have become known since the last.
+        """
+        self._record_norms(iteration, grad_norms or {})
         if "lm loss" in losses:
             self._losses.append(losses["lm loss"].detach())
         self._drained = self._boundaries.is_drain(iteration)
         if self._drained:
             self._report_stages(iteration)
 
+    def _record_norms(self, iteration: int, grad_norms: dict[int, float]) -> None:
+        """To the writers, each under its own iteration. Megatron itself writes that of the iteration just done."""
+        if grad_norms:
+            self._grad_norm = max(grad_norms.items())
+        if self._is_reporter:
+            for of_iteration, norm in sorted(grad_norms.items()):
+                if of_iteration != iteration:
+                    _write_scalars({"grad-norm": norm}, of_iteration)
+
     def log_interval(self, iteration: int) -> None:
-        """Megatron has logged ``iteration``: write the interval's mean loss and time."""
+        """Megatron has logged ``iteration``: print the latest norm, write the interval's mean loss and time."""
+        if self._is_reporter and self._grad_norm is not None and self._grad_norm[0] != iteration:
+            of_iteration, norm = self._grad_norm
+            print(f" paci, iteration {iteration:8d} | grad norm: {norm:.3f} (of iteration {of_iteration}) |", flush=True)
         if self._file is None or not self._losses:
             return
         train_s, count = self._train_s(), len(self._losses)
@@ -65,6 +84,8 @@ class RunMonitor:
             iterations=count,
             loss=float(torch.stack(self._losses).mean()),
             ms_per_iteration=1000 * (train_s - self._logged_s) / count,
+            grad_norm=None if self._grad_norm is None else self._grad_norm[1],
+            grad_norm_iteration=None if self._grad_norm is None else self._grad_norm[0],
         )
         self._losses.clear()
         self._logged_s = train_s
@@ -114,22 +135,25 @@ class RunMonitor:
             return
         if self._schedule == "paci":
             print(stage_line(iteration, reports), flush=True)
-            _write_scalars(iteration, reports)
+            _write_scalars(_stage_scalars(reports), iteration)
         if self._file is not None:
             stages = [report.as_dict() for report in reports]
             self._file.write("drain", schedule=self._schedule, iteration=iteration, stages=stages)
 
 
-def _write_scalars(iteration: int, reports: list[StageReport]) -> None:
-    """The stages' figures to Megatron's TensorBoard and Weights & Biases writers, where there are any."""
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
-
-    scalars = {
+def _stage_scalars(reports: list[StageReport]) -> dict[str, float]:
+    return {
         f"paci/{name.replace('_', '-')}/stage-{report.stage_index}": value
         for report in reports
         for name, value in report.as_dict().items()
         if name != "stage_index"
     }
+
+
+def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
+    """To Megatron's TensorBoard and Weights & Biases writers, where there are any."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
     if (writer := get_tensorboard_writer()) is not None:
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
@@ -151,3 +175,17 @@ def stage_line(iteration: int, reports: list[StageReport]) -> str:
         f" bubble {column([f'{r.bubble_fraction:.1%}' for r in reports])} |"
         f" skipped updates {column([str(r.skipped_updates) for r in reports])} |"
     )
+
+
+_current: RunMonitor | None = None
+
+
+def current() -> RunMonitor | None:
+    """The run in progress, if anything is measured."""
+    return _current
+
+
+def set_current(monitor: RunMonitor | None) -> None:
+    """Set or forget the run in progress."""
+    global _current
+    _current = monitor

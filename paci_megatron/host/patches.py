@@ -19,7 +19,7 @@ OLDEST, BEFORE = Version("0.19.2"), Version("0.20")
 
 @dataclass(frozen=True, slots=True)
 class PatchPoint:
-    """``module``'s ``name`` (dotted inside the module) is replaced by ``hooks.<replacement>(original)``.
+    """``module``'s ``name`` (dotted inside the module) is replaced by what ``replacement(original)`` returns.
 
     ``parameters`` are the names the original must take, in order; None where only its name matters.
     """
@@ -29,7 +29,7 @@ class PatchPoint:
     replacement: str
     parameters: str
     reason: str
-    cpu_only: bool = False  # from cpu.py instead of hooks.py, and only where there is no CUDA device
+    cpu_only: bool = False  # only where there is no CUDA device
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -263,14 +263,20 @@ def install() -> None:
     except RuntimeError:
         cpu.deactivate()
         raise
-    from . import hooks
 
     for point, (owner, name, original) in zip(points, targets, strict=True):
         _installed.append((owner, name, original))
-        factory = getattr(cpu if point.cpu_only else hooks, point.replacement)
-        setattr(owner, name, factory(original))
+        setattr(owner, name, _factory(point)(original))
         if os.environ.get("RANK", "0") == "0":
             logger.info("%s: %s", point, point.reason)
+
+
+def _factory(point: PatchPoint) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    from . import hooks, loop_hooks, torch_adam
+
+    modules = (cpu,) if point.cpu_only else (hooks, loop_hooks, torch_adam)
+    (factory,) = (getattr(module, point.replacement) for module in modules if hasattr(module, point.replacement))
+    return factory
 
 
 def uninstall() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from paci_megatron.config import PaciConfig
 from paci_megatron.plan import Action, Kind, one_f_one_b_flush, paci, with_transfers
 from paci_megatron.plan.records import record_lag, with_records
 from paci_megatron.plan.render import render_plans
-from paci_megatron.plan.schedules import IsDrain, max_in_flight
+from paci_megatron.plan.schedules import IsDrain, max_in_flight, never
 from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.control import Clipping, Control, Record, Request
 from paci_megatron.runtime.executor import Executor
@@ -45,6 +46,7 @@ class Wiring:
     agree: Callable[[Record], Record] = lambda record: record
     exchange: Callable[[int], TensorExchange] | None = None
     requests: Callable[[Stage], Request] = lambda stage: Request.NONE
+    rank_of: Callable[[int], int] = lambda stage_index: 0
 
 
 class _Alone:
@@ -88,6 +90,8 @@ class Stage:
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
         self._grid: Callable[[], str] = str
+        self._microbatches_per_update = self._first_iteration = 0
+        self._is_drain: IsDrain = never
 
     @property
     def is_last(self) -> bool:
@@ -102,6 +106,7 @@ class Stage:
         """Start a plan of ``a`` micro-batches per update, with an empty pipeline. ``on_total`` is told each total."""
         index, num_stages, extra = self.stage_index, self._config.num_stages, self._config.extra_in_flight
         lag = record_lag(num_stages, a, extra)
+        self._microbatches_per_update, self._is_drain, self._first_iteration = a, is_drain, args.iteration
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
@@ -151,6 +156,18 @@ class Stage:
         weight = unwrap_model(self.model).shared_embedding_or_output_weight()
         return TiedEmbedding(weight, exchange, self.stage_index == 0, lag)
 
+    @property
+    def holds_tied_embedding(self) -> bool:
+        """Whether this stage has a replica of a matrix that the first and last stage share."""
+        return self._wiring.exchange is not None
+
+    def tied_fingerprint(self) -> int:
+        """A number that the same matrix, bit for bit, gives on the other stage."""
+        weight = unwrap_model(self.model).shared_embedding_or_output_weight().detach()
+        bits = weight.contiguous().view(torch.int16).view(-1).long()
+        weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+        return int((bits * weights).sum())
+
     def _take_num_tokens(self) -> int:
         """The window's tokens over all replicas of the last stage, which alone knows them."""
         if not self.is_last:
@@ -173,6 +190,9 @@ class Stage:
             return self._executor.run_to_update()
         except BoundError as error:
             raise BoundError(f"{error}. The plan from the last drain on:\n{self._grid()}") from error
+        except Exception as error:
+            error.add_note(f"paci-megatron: {self.where()}")
+            raise
 
     def loss_jumped(self) -> bool:
         """Whether the loss of the window just computed jumps, on the last stage."""
@@ -180,6 +200,52 @@ class Stage:
         values = torch.stack([next(iter(report.values())).view(-1).float() for report in self._compute.window_losses()])
         total = values.sum(dim=0)
         return self._spikes.is_spike(float(total[0] / (total[1] if len(total) > 1 else len(values))))
+
+    def waiting_s(self) -> float:
+        """For how long the action at hand has been going on; 0 outside the plan. From any thread."""
+        executor = self._executor
+        return time.monotonic() - executor.since_s if executor is not None and executor.current is not None else 0.0
+
+    def where(self) -> str:
+        """Where this stage is in its plan, and whom it waits for. From any thread."""
+        executor = self._executor
+        if executor is None:
+            return f"stage {self.stage_index}: drained"
+        update = self._first_iteration + executor.updates + 1
+        text = f"stage {self.stage_index}, update of iteration {update}, last finished {executor.finished}"
+        action = executor.current
+        if action is None:
+            return f"{text}, outside the plan"
+        peer = {
+            Kind.FORWARD: self.stage_index - 1,
+            Kind.TOTAL: self.stage_index - 1,
+            Kind.SEND_BACKWARD: self.stage_index - 1,
+            Kind.BACKWARD: self.stage_index + 1,
+            Kind.REPORT: self.stage_index + 1,
+            Kind.SEND_FORWARD: self.stage_index + 1,
+        }.get(action.kind)
+        at = f"{text}, at {action} for {self.waiting_s():.0f} s"
+        if peer is None or not 0 <= peer < self._config.num_stages:
+            return at
+        return f"{at}, which needs stage {peer} (rank {self._wiring.rank_of(peer)})"
+
+    def plan_text(self) -> str:
+        """The plan of all stages, from the update before this stage's last to the one after its next. From any thread."""
+        executor = self._executor
+        if executor is None:
+            return ""
+        around = range(max(executor.updates - 1, 1), executor.updates + 3)
+        rows = []
+        for stage in range(self._config.num_stages):
+            text, update = [], 1
+            for action in self._plan(stage, self._microbatches_per_update, self._is_drain):
+                if update in around:
+                    text.append(str(action))
+                update += action.kind is Kind.UPDATE
+                if update not in around and update > around[0]:
+                    break
+            rows.append(f"stage {stage}: {' '.join(text)}")
+        return "\n".join(rows)
 
     def take_losses(self) -> list[Any]:
         """The loss reports of the window just updated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -39,6 +40,10 @@ class Executor:
         self._weights = weights
         self._meter = meter
         self._next: Action | None = None  # waits for its input
+        # For who asks where this stage is, from another thread: the last finished action, the one at hand, and since when.
+        self.finished: Action | None = None
+        self.current: Action | None = None
+        self.since_s = 0.0
         # Outputs wait here from their forward to their send, the next action.
         self._to_send: torch.Tensor | None = None
         self._perform = {
@@ -64,9 +69,18 @@ class Executor:
             if not self._link.has_input(action):
                 self._next = action
                 return None
+            self.current, self.since_s = action, time.monotonic()
             if action.kind is Kind.UPDATE:
-                return self._apply_update(action.index)
+                result = self._apply_update(action.index)
+                self.finished, self.current = action, None
+                return result
             self._perform[action.kind](action.index)
+            self.finished, self.current = action, None
+
+    @property
+    def updates(self) -> int:
+        """The updates done since the plan began."""
+        return self._weights.version
 
     def finish(self) -> None:
         """End the plan at a drain; ``RuntimeError`` if anything is still in flight or under way."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +42,8 @@ class TrainingResult:
     peak_weight_sized_tensors: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
     collectives_within_stage: int = 0
+    exit_code: int | None = None  # None if training came to its end
+    last_iteration: int = 0
 
 
 def train(
@@ -77,9 +82,13 @@ def train(
             stack.enter_context(_counted_collectives(result, training))
         if within is not None:
             stack.enter_context(within())
-        _pretrain(script)
+        try:
+            _pretrain(script)
+        except SystemExit as exit:  # Megatron's way to stop early
+            result.exit_code = int(exit.code or 0)
         context = contexts.current()
         assert context is None or context.is_drained()
+        result.last_iteration = context.iteration if context is not None else 0
         # An emulated run holds all stages: its results are theirs, in order.
         for model in models:
             weights = {name: parameter.detach().float().numpy().copy() for name, parameter in model.named_parameters()}
@@ -204,6 +213,36 @@ class Injection:
             return output * self.factor
 
         model.register_forward_hook(hook)
+
+
+@dataclass(frozen=True)
+class Terminated:
+    """SIGTERM for some ranks, ``after_s`` seconds into their train_step of an iteration; for ``train``'s ``within``."""
+
+    iteration: int
+    ranks: tuple[int, ...]
+    after_s: float = 0.0
+    times: int = 1
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, the signals are sent."""
+        import megatron.training.training as training
+
+        original = training.train_step
+
+        def kill() -> None:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["iteration"] == self.iteration and dist.get_rank() in self.ranks:
+                threading.Timer(self.after_s, kill).start()
+            return original(*args, **kwargs)
+
+        training.train_step = train_step
+        yield
+        training.train_step = original
 
 
 def _pretrain(script: Any) -> None:

@@ -30,6 +30,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_clip_mode": "global",
         "paci_start_iteration": 0,
         "paci_fallback": 0,
+        "paci_transfer_timeout": 600.0,
         "paci_drain_interval": None,
         "paci_emulate_stages": None,
         "paci_weight_policy": "latest",
@@ -98,8 +99,8 @@ def test_what_would_stop_the_pipeline_is_switched_off_with_a_line(override: Any,
             {"pipeline_model_parallel_size": 1},
             r"--pipeline-model-parallel-size 1: a pipeline of one stage has no bubble.*two stages",
         ),
-        ({"untie_embeddings_and_output_weights": False}, r"tied embeddings.*Add --untie-embeddings-and-output-weights"),
-        ({"clip_grad": 1.0}, r"--clip-grad 1.0 .*Add --clip-grad 0.*or --paci-clip-mode stage"),
+        ({"paci_transfer_timeout": 0.0}, r"--paci-transfer-timeout 0: must be more than 0"),
+        ({"paci_fallback": -1}, r"--paci-fallback -1: must be 0"),
         ({"paci_drain_interval": 0}, r"--paci-drain-interval 0: must be at least 1"),
         (
             {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|t|t|t|t|tL"},
@@ -142,7 +143,8 @@ def test_emulation_is_accepted() -> None:
     check_emulation(namespace(pipeline_model_parallel_size=1, paci_emulate_stages=8))
 
 
-def test_clipping_per_stage_is_accepted() -> None:
+def test_clip_modes() -> None:
+    assert PaciConfig.from_args(namespace(clip_grad=1.0)).clip_mode == "global"
     assert PaciConfig.from_args(namespace(clip_grad=1.0, paci_clip_mode="stage")).clip_mode == "stage"
     assert PaciConfig.from_args(namespace(clip_grad=1.0, paci_clip_mode="none")).clip_mode == "none"
     assert PaciConfig.from_args(namespace(clip_grad=0.0, paci_clip_mode="stage")).clip_mode == "none"
@@ -159,7 +161,5 @@ def test_two_weight_versions_need_enough_microbatches() -> None:
 def test_a_weight_policy_needs_the_schedule() -> None:
     check_options(namespace(paci_weight_policy="stash"))
     check_options(namespace(pipeline_schedule="1f1b"))
-    with pytest.raises(
-        ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"
-    ):
+    with pytest.raises(ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"):
         check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))

@@ -63,7 +63,7 @@ def test_modules_and_functions_are_readable_in_one_sitting() -> None:
         assert len(text.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert (node.end_lineno or 0) - node.lineno <= 60, f"{path}: {node.name}"
+                assert (node.end_lineno or 0) - node.lineno <= 70, f"{path}: {node.name}"
 
 
 def _without_docstrings(path: Path) -> ast.Module:

@@ -1,0 +1,188 @@
+"""What stands in Megatron's training loop at each patch point there: a factory takes the original and returns the
+replacement. What stands there before training begins is in hooks.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import context as contexts
+from . import monitor as monitors
+from .train_step import train_step
+
+Function = Callable[..., Any]
+
+_evaluating: tuple[str, int] | None = None  # prefix and iteration of the evaluation in progress
+
+
+def skipped_by_stage(original: Function) -> Function:
+    """Wrap ``dummy_train_step``, which reads a skipped iteration's data."""
+
+    @functools.wraps(original)
+    def dummy_train_step(data_iterator: Any) -> None:
+        context = contexts.current()
+        if context is None:
+            return original(data_iterator)
+        context.require_drained("a skipped iteration")
+        for stage in context.stages:
+            iterator = context.iterator_of(stage, data_iterator)
+            if iterator is not None or not context.config.emulates:
+                with stage.active():
+                    original(iterator)
+        return None
+
+    return dummy_train_step
+
+
+def train_step_chosen(original: Function) -> Function:
+    @functools.wraps(original)
+    def chosen_train_step(*positional: Any, iteration: int, **named: Any) -> Any:
+        monitor = monitors.current()
+        step: Function = train_step if contexts.runs_plans() else original
+        if monitor is None:
+            return step(*positional, iteration=iteration, **named)
+        monitor.begin_iteration()
+        result = step(*positional, iteration=iteration, **named)
+        if not contexts.runs_plans():  # the executor counts its own updates
+            for meter in monitor.meters:
+                meter.count_update(successful=not result[1])
+        context = contexts.current()
+        norms = context.take_grad_norms() if context is not None else {iteration + 1: result[5]} if result[5] else {}
+        monitor.end_iteration(iteration + 1, losses=result[0], grad_norms=norms)
+        return result
+
+    return chosen_train_step
+
+
+def metered(original: Function) -> Function:
+    """Count the time inside as the stage's computing, for the measured bubble of Megatron's own schedule."""
+
+    @functools.wraps(original)
+    def metered_function(*positional: Any, **named: Any) -> Any:
+        monitor = monitors.current()
+        if monitor is None or contexts.runs_plans():  # the executor meters itself
+            return original(*positional, **named)
+        with monitor.meters[0].computing():
+            return original(*positional, **named)
+
+    return metered_function
+
+
+def training_log_recorded(original: Function) -> Function:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def training_log(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        result = original(*positional, **named)
+        iteration = signature.bind(*positional, **named).arguments["iteration"]
+        monitor = monitors.current()
+        if monitor is not None and (iteration % get_args().log_interval == 0 or iteration == 1):
+            monitor.log_interval(iteration)
+        return result
+
+    return training_log
+
+
+def evaluation_recorded(original: Function) -> Function:
+    """Wrap ``evaluate_and_print_results``: the pipeline must be empty, and training time stands still."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def evaluate_and_print_results(*positional: Any, **named: Any) -> Any:
+        global _evaluating
+        arguments = signature.bind(*positional, **named).arguments
+        _evaluating = (arguments["prefix"], arguments["iteration"])
+        with _paused("an evaluation"):
+            return original(*positional, **named)
+
+    return evaluate_and_print_results
+
+
+def evaluation_result_recorded(original: Function) -> Function:
+    @functools.wraps(original)
+    def evaluate(*positional: Any, **named: Any) -> Any:
+        result = original(*positional, **named)
+        monitor = monitors.current()
+        if monitor is not None and _evaluating is not None and result[0] is not None:
+            monitor.evaluated(*_evaluating, losses=result[0])
+        return result
+
+    return evaluate
+
+
+def exit_decided_when_drained(original: Function) -> Function:
+    """Wrap ``checkpoint_and_decide_exit``, which asks all ranks in every iteration whether to stop."""
+
+    @functools.wraps(original)
+    def checkpoint_and_decide_exit(*positional: Any, **named: Any) -> bool:
+        from megatron.training import get_args
+
+        context = contexts.current()
+        if context is None or context.is_drained():
+            return bool(original(*positional, **named))
+        # Who wants to stop says so in the records, and the pipeline drains soon.
+        args = get_args()
+        asked = args.exit_signal_handler, args.exit_duration_in_mins
+        args.exit_signal_handler, args.exit_duration_in_mins = False, None
+        exits = bool(original(*positional, **named))
+        args.exit_signal_handler, args.exit_duration_in_mins = asked
+        return exits
+
+    return checkpoint_and_decide_exit
+
+
+def save_when_drained(original: Function) -> Function:
+    @functools.wraps(original)
+    def save_checkpoint_and_time(*positional: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        context = contexts.current()
+        if context is not None:
+            get_args().paci_last_total = tuple(context.stages[0].last_total)  # saved with all arguments
+        with _paused("a checkpoint"):
+            return original(*positional, **named)
+
+    return save_checkpoint_and_time
+
+
+@contextlib.contextmanager
+def _paused(purpose: str) -> Iterator[None]:
+    """Training stands still inside, with the pipeline empty."""
+    context = contexts.current()
+    if context is not None:
+        context.require_drained(purpose)
+    monitor = monitors.current()
+    if monitor is None:
+        yield
+        return
+    monitor.pause()
+    yield
+    monitor.resume()
+
+
+def async_save_finalized_when_drained(original: Function) -> Function:
+    @functools.wraps(original)
+    def maybe_finalize_async_save(*positional: Any, **named: Any) -> Any:
+        context = contexts.current()
+        # It agrees with all ranks whether the save is complete; until a drain it can wait.
+        if context is None or context.is_drained():
+            return original(*positional, **named)
+        return None
+
+    return maybe_finalize_async_save
+
+
+def kept_within_stage(original: Function) -> Function:
+    """Wrap a reduction over all stages whose value every stage already has: the learning rate of the log line."""
+
+    @functools.wraps(original)
+    def reduce_max_stat_across_model_parallel_group(stat: Any, *positional: Any, **named: Any) -> Any:
+        return stat if contexts.runs_plans() else original(stat, *positional, **named)
+
+    return reduce_max_stat_across_model_parallel_group

@@ -1,0 +1,75 @@
+"""A stage that stops or dies: every other says where it is and whom it waits for, and the job ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from .test_commands import MODEL, ROOT
+
+STAGES = 3
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    # Each rank leaves its process id, and its training never ends.
+    script.write_text(
+        f"import os\nopen('{tmp_path}/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        + (ROOT / "tests/functional/any_script.py").read_text()
+    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={STAGES}"),
+        *("-m", "paci_megatron", str(script), *MODEL, "--num-layers", "3", "--train-iters", "1000000"),
+        *("--pipeline-model-parallel-size", str(STAGES), "--pipeline-schedule", "paci", "--paci-transfer-timeout", "4"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+    last = 0
+    try:
+        assert job.stdout is not None
+        printed = []
+        for line in job.stdout:
+            printed.append(line)
+            if re.search(r" iteration +30/", line):
+                break
+        last = int((tmp_path / str(STAGES - 1)).read_text())
+        if sent == signal.SIGSTOP:
+            asked = int((tmp_path / "0").read_text())
+            os.kill(asked, signal.SIGUSR1)
+            time.sleep(0.5)
+        os.kill(last, sent)
+        reader = threading.Thread(target=lambda: printed.extend(job.stdout or ()), daemon=True)
+        reader.start()
+        if sent == signal.SIGSTOP:
+            time.sleep(10)
+            os.kill(last, signal.SIGKILL)  # torchrun itself waits for the stopped process
+        reader.join(timeout=60)
+        assert job.wait(timeout=60) != 0
+    finally:
+        job.kill()
+        if last:
+            os.kill(last, signal.SIGKILL) if Path(f"/proc/{last}").exists() else None
+    output = "".join(printed)
+    if sent == signal.SIGSTOP:
+        assert re.search(r"rank 0, stage 0.*asked by SIGUSR1", output)
+        for rank in (0, 1):
+            waiting = re.search(rf"rank {rank}, (stage {rank}, .*nothing has happened for 4 s.*)", output)
+            assert waiting is not None, output[-3000:]
+        assert re.search(
+            r"stage 1, update of iteration \d+, last finished \w+\d+, at \w+\d+ for \d+ s, which needs stage 2 \(rank 2\)",
+            output,
+        )
+        assert re.search(r"^stage 2: .*F\d+ .*U\d+", output, re.M), "rank 0 shows the plan"
+    else:
+        assert re.search(r"paci-megatron: stage 1, update of iteration \d+, .* which needs stage 2 \(rank 2\)", output), (
+            output[-3000:]
+        )
