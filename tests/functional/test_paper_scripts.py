@@ -84,9 +84,7 @@ TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 OTHER_COMMANDS: dict[str, Callable[[], list[str]]] = {
     r"error: unrecognized arguments: --no-such-flag 3": lambda: printed(PACI, EXTRA_FLAGS="--no-such-flag 3"),
     r"error: argument --lr: invalid float value: 'fast'": lambda: printed(PACI, EXTRA_FLAGS="--lr fast"),
-    r"error: --calculate-per-token-loss does not work with .* paci: .*Remove": lambda: printed(
-        PACI, "--calculate-per-token-loss"
-    ),
+    r"error: --use-megatron-fsdp does not work with .* paci: .*Remove": lambda: printed(PACI, "--use-megatron-fsdp"),
     r"error: refused by Megatron: The length of pipeline_model_parallel_layout must be": lambda: printed(
         PACI, LAYOUT="Et*24|L"
     ),
