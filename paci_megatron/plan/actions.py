@@ -40,7 +40,7 @@ _TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWURT])(\d+)(?:\.([1-9]\d*))?")
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a stage. ``index`` is the micro-batch (from 0), or the update (from 1) if ``kind`` is UPDATE, REPORT or TOTAL.
+    """One step of a stage. ``index`` is the micro-batch (from 0), or for UPDATE, REPORT and TOTAL the update (from 1).
 
     ``chunk`` is the part of the stage's model, where a schedule has several; stage s then holds chunks s, N+s, 2N+s ...
     """

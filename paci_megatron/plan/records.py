@@ -1,9 +1,9 @@
 """Where in a plan the stages tell each other about an update: sums over all stages, without a collective.
 
-Beside the gradient of a window's last micro-batch a REPORT goes up, to the previous stage: each stage adds its own numbers to
-those of the later stages, so that stage 0 has the total. Beside the activation of the first micro-batch that stage 0 forwards
-after its update, the TOTAL goes down, to the next stage. Both stand at fixed places of the plan, where what they wait for is
-under way already: no stage stops for them, and nothing depends on timing.
+Beside the gradient of a window's last micro-batch a REPORT goes up, to the previous stage: each stage adds its own numbers
+to those of the later stages, so that stage 0 has the total. Beside the activation of the first micro-batch that stage 0
+forwards after its update, the TOTAL goes down, to the next stage. Both stand at fixed places of the plan, where what they
+wait for is under way already: no stage stops for them, and nothing depends on timing.
 """
 
 from __future__ import annotations

@@ -22,10 +22,11 @@ def validate(
 ) -> None:
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
-    Checked at every stage: micro-batches in order and each backward after its forward, in flight at most N-s+extra,
-    drift at most ceil((N-1-s+extra)/a), an update after every a-th backward, with the totals known that it may use,
-    nothing in flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends under rendezvous transfers: a send is
-    complete only when the receiver has posted its receive, and the next but one send on a link waits for it.
+    Checked at every stage: micro-batches in order and each backward after its forward, in flight at most N-s+extra, drift
+    at most ceil((N-1-s+extra)/a), an update after every a-th backward, with the totals known that it may use, nothing in
+    flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends under
+    rendezvous transfers: a send is complete only when the receiver has posted its receive, and the next but one send on a
+    link waits for it.
     """
     for stage_index, plan in enumerate(plans):
         _check_stage(plans, stage_index, plan, microbatches_per_update, extra_in_flight, frozenset(drains))

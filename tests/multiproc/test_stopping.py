@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,27 +73,22 @@ def test_exit_after_a_duration(pool: GetPool, corpus: str, tmp_path: Path) -> No
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
-def _begun_long_ago():  # type: ignore[no-untyped-def]
-    import contextlib
-
+@contextlib.contextmanager
+def _begun_long_ago() -> Iterator[None]:
     import megatron.training.training as training
 
-    @contextlib.contextmanager
-    def changed():  # type: ignore[no-untyped-def]
-        original = training.train
+    original = training.train
 
-        def train(*args, **kwargs):  # type: ignore[no-untyped-def]
-            training._TRAIN_START_TIME -= 61
-            return original(*args, **kwargs)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        training._TRAIN_START_TIME -= 61
+        return original(*args, **kwargs)
 
-        training.train = train
-        yield
-        training.train = original
-
-    return changed()
+    training.train = train
+    yield
+    training.train = original
 
 
-def test_starting_with_flush(pool: GetPool, corpus: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_starting_with_flush(pool: GetPool, corpus: str) -> None:
     argv = arguments(corpus, 2, 2, iters=8)
     flush = pool(2).run("train", argv=argv)
     assert_same_bits(flush, pool(2).run("train", argv=[*argv, *PACI, "--paci-start-iteration", "8"]))
