@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "pool" not in getattr(item, "fixturenames", ()):
             return 0
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return int(parameters.get("num_stages", 2)) * int(parameters.get("dp", 1))
+        return math.prod(int(parameters.get(name, default)) for name, default in (("num_stages", 2), ("tp", 1), ("dp", 1)))
 
     items.sort(key=world_size)
 

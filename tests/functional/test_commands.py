@@ -83,11 +83,11 @@ def test_a_stage_that_dies_ends_the_job_with_its_error(tmp_path: Path) -> None:
 def test_a_bad_command_line_gets_one_line_and_no_training() -> None:
     done = torchrun(
         *("pretrain_gpt_paci.py", *MODEL, "--train-iters", "4", "--mock-data", "--pipeline-model-parallel-size", "2"),
-        *("--pipeline-schedule", "paci", "--calculate-per-token-loss"),
+        *("--pipeline-schedule", "paci", "--fp16"),
     )
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("paci-megatron: error: ")]
-    assert len(lines) == 1 and "--calculate-per-token-loss does not work with --pipeline-schedule paci" in lines[0]
+    assert len(lines) == 1 and "--fp16 does not work with --pipeline-schedule paci" in lines[0]
     assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
     assert not re.search(r" iteration +\d", done.stdout)
 

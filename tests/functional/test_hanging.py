@@ -18,7 +18,7 @@ from .test_commands import MODEL, ROOT
 STAGES = 3
 
 
-@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals) -> None:
     script = tmp_path / "script.py"
     # Each rank leaves its process id, and its training never ends.

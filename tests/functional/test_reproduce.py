@@ -62,6 +62,7 @@ def text(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(600)  # the trainings take 40 s, on cores that are free
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_and_reports_the_same(tmp_path: Path, text: list[Path]) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = subprocess.run(command(whole, text, "--jobs", "2"), capture_output=True, text=True, timeout=300)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 
 from .jobs import TrainingResult
 from .pool import Pool
@@ -45,6 +47,11 @@ def arguments(
         *("--pipeline-model-parallel-size", str(num_stages)),
         *more,
     ]
+
+
+def slow(*cases: tuple[Any, ...], ids: tuple[str, ...] = ()) -> list[Any]:
+    """Test parameters for ``-m slow``: more of the same, which would take a commit's tests too long."""
+    return [pytest.param(*case, marks=pytest.mark.slow, id=ids[index] if ids else None) for index, case in enumerate(cases)]
 
 
 def emulated(argv: list[str]) -> list[str]:

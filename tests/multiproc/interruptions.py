@@ -9,16 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
-
-
-@contextlib.contextmanager
-def exit_expected() -> Iterator[None]:
-    """Megatron ends the process as ``--exit-interval`` asks, with status 0."""
-    with pytest.raises(SystemExit) as exit_info:
-        yield
-    assert exit_info.value.code in (None, 0)
 
 
 @contextlib.contextmanager

@@ -160,7 +160,13 @@ def test_split_stages_train_as_whole_ones(
     np.testing.assert_allclose(parts[-1].evaluations, whole[-1].evaluations, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("split", "num_stages", "dp"), [pytest.param(split, 2, 2, id=split.name) for split in SPLITS])
+OFTEN = ("data", "experts-alltoall")
+
+
+@pytest.mark.parametrize(
+    ("split", "num_stages", "dp"),
+    [pytest.param(split, 2, 2, id=split.name, marks=() if split.name in OFTEN else pytest.mark.slow) for split in SPLITS],
+)
 def test_split_emulated_stages_are_split_processes(
     pool: GetPool, corpus: str, split: Split, num_stages: int, dp: int
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated
+from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
 from .jobs import Injection, Terminated
 from .pool import Pool
 
@@ -42,11 +42,13 @@ def stopped_and_resumed(
 @pytest.mark.parametrize(
     ("num_stages", "a", "dp", "stop"),
     [
-        (2, 2, 1, Terminated(iteration=10, ranks=(0,))),
         (2, 1, 1, Terminated(iteration=11, ranks=(1,), times=2)),
         (4, 1, 1, Terminated(iteration=9, ranks=(2,))),
-        (4, 3, 1, Terminated(iteration=9, ranks=(0, 1, 2, 3), after_s=0.01)),
         (2, 2, 2, Terminated(iteration=10, ranks=(2,))),
+        *slow(
+            (2, 2, 1, Terminated(iteration=10, ranks=(0,))),
+            (4, 3, 1, Terminated(iteration=9, ranks=(0, 1, 2, 3), after_s=0.01)),
+        ),
     ],
 )
 def test_sigterm_saves_and_resumes_bit_for_bit(
