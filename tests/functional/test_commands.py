@@ -28,10 +28,14 @@ MODEL = [
 ]
 
 
+# No torch.compile: each process would spend ten seconds on Megatron's small fused functions.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+
+
 def torchrun(*command: str, processes: int = 2, timeout_s: int = 180) -> subprocess.CompletedProcess[str]:
     """Run ``command`` on that many processes from the repository's root."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ENVIRONMENT}
     return subprocess.run(
         [*launcher, *command], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout_s
     )

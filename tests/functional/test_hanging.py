@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_commands import MODEL, ROOT
+from .test_commands import ENVIRONMENT, MODEL, ROOT
 
 STAGES = 3
 
@@ -31,7 +31,7 @@ def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals)
         *("-m", "paci_megatron", str(script), *MODEL, "--num-layers", "3", "--train-iters", "1000000"),
         *("--pipeline-model-parallel-size", str(STAGES), "--pipeline-schedule", "paci", "--paci-transfer-timeout", "4"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ENVIRONMENT}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
     last = 0
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from .helpers import (
 )
 from .helpers import without as without_flags
 from .jobs import Injection, TrainingResult
+from .pool import JobError
 
 CLIPPED = ["--clip-grad", "0.5"]  # gradients of the small model have norms between 1 and 3
 UNCHECKED = ["--no-check-for-nan-in-loss-and-grad"]
@@ -138,3 +141,20 @@ def test_clipping_bounds_a_spike(one_process: OneProcess, corpus: str, num_stage
     assert final_loss(*CLIPPED, within=spike) == pytest.approx(final_loss(*CLIPPED), rel=0.02)
     harmed = final_loss(within=spike)
     assert not harmed < 1.1 * final_loss(), "without clipping the spike does no harm"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_megatrons_check_ends_the_job_and_keeps_the_checkpoint(
+    pool: GetPool, corpus: str, tmp_path: Path, backward: bool
+) -> None:
+    saving = ["--save", str(tmp_path), "--save-interval", "2", "--override-opt-param-scheduler"]
+    argv = argv_of(corpus, 2, 2, *CLIPPED, *PACI, tied=True)
+    whole = pool(2).run("train", argv=[*argv, *saving])
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # In window 4, between the checkpoints after iterations 2 and 4.
+    with pytest.raises(JobError, match=r"(?i)found nan in"):
+        pool(2).run("train", argv=[*argv, *saving], within=Injection(1, 2 * 3, math.nan, backward))
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    resumed = pool(2).run("train", argv=[*argv, *saving, "--load", str(tmp_path)])
+    assert resumed[-1].losses == whole[-1].losses[2:]

@@ -143,7 +143,13 @@ def split_argv(corpus: str, micro_batch_size: int, *flags: str, iters: int = 8) 
     return [*argv, "--micro-batch-size", str(micro_batch_size), "--global-batch-size", "8", "--vocab-size", "126"]
 
 
-@pytest.mark.parametrize(("split", "num_stages", "dp"), [pytest.param(split, 2, 2, id=split.name) for split in SPLITS])
+@pytest.mark.parametrize(
+    ("split", "num_stages", "dp"),
+    [
+        pytest.param(split, 2, 2, id=split.name, marks=pytest.mark.slow if split.name == "experts-allgather" else ())
+        for split in SPLITS
+    ],
+)
 def test_split_stages_train_as_whole_ones(
     pool: GetPool, corpus: str, checkpoint: Callable[[Split], Path], split: Split, num_stages: int, dp: int
 ) -> None:
