@@ -29,7 +29,7 @@ def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={STAGES}"),
         *("-m", "paci_megatron", str(script), *MODEL, "--num-layers", "3", "--train-iters", "1000000"),
-        *("--pipeline-model-parallel-size", str(STAGES), "--pipeline-schedule", "paci", "--paci-transfer-timeout", "4"),
+        *("--pipeline-model-parallel-size", str(STAGES), "--pipeline-schedule", "paci", "--paci-transfer-timeout", "10"),
     ]
     environment = {**os.environ, **ENVIRONMENT}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
@@ -50,7 +50,7 @@ def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals)
         reader = threading.Thread(target=lambda: printed.extend(job.stdout or ()), daemon=True)
         reader.start()
         if sent == signal.SIGSTOP:
-            time.sleep(10)
+            time.sleep(20)
             os.kill(last, signal.SIGKILL)  # torchrun itself waits for the stopped process
         reader.join(timeout=60)
         assert job.wait(timeout=60) != 0
@@ -62,7 +62,7 @@ def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals)
     if sent == signal.SIGSTOP:
         assert re.search(r"rank 0, stage 0.*asked by SIGUSR1", output)
         for rank in (0, 1):
-            waiting = re.search(rf"rank {rank}, (stage {rank}, .*nothing has happened for 4 s.*)", output)
+            waiting = re.search(rf"rank {rank}, (stage {rank}, .*nothing has happened for 10 s.*)", output)
             assert waiting is not None, output[-3000:]
         assert re.search(
             r"stage 1, update of iteration \d+, last finished \w+\d+, at \w+\d+ for \d+ s, which needs stage 2 \(rank 2\)",
