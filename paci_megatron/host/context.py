@@ -98,7 +98,7 @@ class TrainingContext:
                 self._fall_back(iteration, iteration + lag + 1, reason)
 
         for stage in self.stages:
-            stage.begin_plan(a, is_drain, self.args, on_total)
+            stage.begin_plan(a, is_drain, self.args, begin, on_total)
 
     def take_grad_norms(self) -> dict[int, float]:
         """The global gradient norms that have become known, by iteration, removed."""

@@ -143,8 +143,8 @@ def save_when_drained(original: Function) -> Function:
         from megatron.training import get_args
 
         context = contexts.current()
-        if context is not None:
-            get_args().paci_last_total = tuple(context.stages[0].last_total)  # saved with all arguments
+        # Saved with all arguments. Flush leaves none, and must not hand on that of a checkpoint it began with.
+        get_args().paci_last_total = tuple(context.stages[0].last_total) if context is not None else None
         with _paused("a checkpoint"):
             return original(*positional, **named)
 

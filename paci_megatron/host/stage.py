@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from megatron.core.utils import get_model_config, unwrap_model
 from paci_megatron.config import PaciConfig
 from paci_megatron.plan import Action, Kind, one_f_one_b_flush, paci, with_transfers
 from paci_megatron.plan.records import record_lag, with_records
-from paci_megatron.plan.render import render_plans
 from paci_megatron.plan.schedules import IsDrain, max_in_flight, never
 from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.control import Clipping, Control, Record, Request
@@ -89,8 +87,7 @@ class Stage:
         self._control: Control | None = None
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
-        self._grid: Callable[[], str] = str
-        self._microbatches_per_update = self._first_iteration = 0
+        self._microbatches_per_update = self._begin = 0
         self._is_drain: IsDrain = never
 
     @property
@@ -102,11 +99,13 @@ class Stage:
         """Whether no plan is running."""
         return self._executor is None
 
-    def begin_plan(self, a: int, is_drain: IsDrain, args: argparse.Namespace, on_total: OnTotal) -> None:
-        """Start a plan of ``a`` micro-batches per update, with an empty pipeline. ``on_total`` is told each total."""
+    def begin_plan(self, a: int, is_drain: IsDrain, args: argparse.Namespace, iteration: int, on_total: OnTotal) -> None:
+        """Start a plan of ``a`` micro-batches per update after ``iteration``, with an empty pipeline. ``on_total`` is told
+        each total.
+        """
         index, num_stages, extra = self.stage_index, self._config.num_stages, self._config.extra_in_flight
         lag = record_lag(num_stages, a, extra)
-        self._microbatches_per_update, self._is_drain, self._first_iteration = a, is_drain, args.iteration
+        self._microbatches_per_update, self._is_drain, self._begin = a, is_drain, iteration
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
@@ -132,12 +131,6 @@ class Stage:
         )
         weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
         self._executor = Executor(self._plan(index, a, is_drain), self._compute, link, update, weights, self.meter)
-        self._grid = lambda: render_plans(
-            [
-                list(takewhile(lambda action: action != Action(Kind.UPDATE, 4), self._plan(stage, a, is_drain)))
-                for stage in range(num_stages)
-            ]
-        )
 
     def _plan(self, index: int, a: int, is_drain: IsDrain) -> Iterator[Action]:
         """The actions of the stage at ``index``."""
@@ -189,7 +182,7 @@ class Stage:
         try:
             return self._executor.run_to_update()
         except BoundError as error:
-            raise BoundError(f"{error}. The plan from the last drain on:\n{self._grid()}") from error
+            raise BoundError(f"{error}. The plan around it:\n{self.plan_text()}") from error
         except Exception as error:
             error.add_note(f"paci-megatron: {self.where()}")
             raise
@@ -211,8 +204,8 @@ class Stage:
         executor = self._executor
         if executor is None:
             return f"stage {self.stage_index}: drained"
-        update = self._first_iteration + executor.updates + 1
-        text = f"stage {self.stage_index}, update of iteration {update}, last finished {executor.finished}"
+        iteration = self._begin + executor.updates + 1
+        text = f"stage {self.stage_index}, update of iteration {iteration}, last finished {executor.finished}"
         action = executor.current
         if action is None:
             return f"{text}, outside the plan"

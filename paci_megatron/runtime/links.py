@@ -12,11 +12,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from paci_megatron.plan import Action
 from paci_megatron.plan.schedules import SENDS_IN_FLIGHT
 
-from .control import Record
+from .control import Record, RecordLink
 
 
-class StageLink(Protocol):
-    """A stage's transfers. Activations and gradients are (sequence, micro-batch size, hidden)."""
+class StageLink(RecordLink, Protocol):
+    """A stage's transfers, and its records. Activations and gradients are (sequence, micro-batch size, hidden)."""
 
     def has_input(self, action: Action) -> bool:
         """Whether ``action`` can be performed now, if need be by waiting; False only if waiting would be for ever."""
@@ -39,20 +39,27 @@ class StageLink(Protocol):
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
         """Send a gradient to the previous stage; returns at once."""
 
-    def receive_report(self) -> Record:
-        """Wait for the next stage's report; an empty one on the last stage."""
-
-    def send_report(self, record: Record) -> None:
-        """Send a report to the previous stage, if there is one; returns at once."""
-
-    def receive_total(self) -> Record | None:
-        """Wait for the total from the previous stage; None on the first stage."""
-
-    def send_total(self, record: Record) -> None:
-        """Send a total to the next stage, if there is one; returns at once."""
-
     def drain(self) -> None:
         """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
+
+
+class _Sends:
+    """Sends on a group, each tensor held until its send is done."""
+
+    def __init__(self, group: dist.ProcessGroup, hold: int) -> None:
+        """By the order of the plan a send is done when ``hold`` more have been made: waiting for it costs nothing."""
+        self._group = group
+        self._hold = hold
+        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def send(self, tensor: torch.Tensor, destination: int) -> None:
+        while len(self._sent) >= self._hold:
+            self._sent.popleft()[1].wait()
+        self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
+
+    def drain(self) -> None:
+        while self._sent:
+            self._sent.popleft()[1].wait()
 
 
 class TensorPair:
@@ -61,18 +68,15 @@ class TensorPair:
     def __init__(
         self, to_other: dist.ProcessGroup, from_other: dist.ProcessGroup, other: int, like: torch.Tensor, hold: int
     ) -> None:
-        """``like`` has the shape, type and device of every tensor; a send is complete when ``hold`` more were made."""
-        self._to_other, self._from_other, self._other = to_other, from_other, other
+        """``like`` has the shape, type and device of every tensor; for ``hold`` see :class:`_Sends`."""
+        self._sends = _Sends(to_other, hold)
+        self._from_other, self._other = from_other, other
         self._like = like
-        self._hold = hold
-        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
         self._posted: deque[tuple[torch.Tensor, Any]] = deque()
 
     def send(self, tensor: torch.Tensor) -> None:
         """See :class:`~.tied_embeddings.TensorExchange`."""
-        while len(self._sent) >= self._hold:
-            self._sent.popleft()[1].wait()
-        self._sent.append((tensor, dist.isend(tensor, dst=self._other, group=self._to_other)))
+        self._sends.send(tensor, self._other)
         buffer = torch.empty_like(self._like)
         self._posted.append((buffer, dist.irecv(buffer, src=self._other, group=self._from_other)))
 
@@ -92,7 +96,7 @@ class _Channel:
         self._shape = shape
         self._device = device
         self._posted: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+        self._sends = _Sends(self._group, SENDS_IN_FLIGHT)
 
     def post_receive(self, microbatch: int, source: int) -> None:
         dtype = self._communicator.config.pipeline_dtype
@@ -108,26 +112,21 @@ class _Channel:
 
     def send(self, tensor: torch.Tensor, destination: int) -> None:
         # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
-        payload = tensor.detach().contiguous()
-        while len(self._sent) >= SENDS_IN_FLIGHT:
-            self._sent.popleft()[1].wait()
-        self._sent.append((payload, dist.isend(payload, dst=destination, group=self._group)))
+        self._sends.send(tensor.detach().contiguous(), destination)
 
     def drain(self) -> None:
         if self._posted:
             raise RuntimeError(f"receives of micro-batches {[p[0] for p in self._posted]} posted across a drain")
-        while self._sent:
-            self._sent.popleft()[1].wait()
+        self._sends.drain()
 
 
 class _Records:
     """Records over a gloo group, in both directions."""
 
     def __init__(self, group: dist.ProcessGroup, hold: int) -> None:
-        """A send is complete when ``hold`` more have been made, by the order of the plan."""
+        """For ``hold`` see :class:`_Sends`."""
         self._group = group
-        self._hold = hold
-        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
+        self._sends = _Sends(group, hold)
 
     def receive(self, source: int) -> Record:
         tensor = torch.empty(len(Record._fields), dtype=torch.float64)
@@ -135,14 +134,10 @@ class _Records:
         return Record(*tensor.tolist())
 
     def send(self, record: Record, destination: int) -> None:
-        tensor = torch.tensor(record, dtype=torch.float64)
-        while len(self._sent) >= self._hold:
-            self._sent.popleft()[1].wait()
-        self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
+        self._sends.send(torch.tensor(record, dtype=torch.float64), destination)
 
     def drain(self) -> None:
-        while self._sent:
-            self._sent.popleft()[1].wait()
+        self._sends.drain()
 
 
 class P2PLink:

@@ -103,6 +103,8 @@ class StageUpdate:
         for parameter in self._optimizer.get_parameters():
             if self._tied is None or not _is_part_of(parameter, self._tied.weight):
                 parameter.grad = None
+                if hasattr(parameter, "decoupled_grad"):  # where the precision-aware optimizer has it
+                    parameter.decoupled_grad = None
 
     def _zero_gradients(self) -> None:
         """Clear both places Megatron keeps gradients in, or the next window would count this one again."""

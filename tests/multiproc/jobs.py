@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -167,82 +164,6 @@ def _reference_stage(
     tied = ends and chunk.share_embeddings_and_output_weights
     shared = position[id(chunk.shared_embedding_or_output_weight())] if tied else None
     return reference.ReferenceStage(forward, parameters, weights, adam, norm, shared)
-
-
-@dataclass(frozen=True)
-class Injection:
-    """A stage's output of one training micro-batch, or the gradient that comes back for it, times ``factor``."""
-
-    stage: int
-    microbatch: int
-    factor: float
-    backward: bool = False
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, models are built with it; for ``train``'s ``within``."""
-        import megatron.training.training as training
-        from megatron.core import parallel_state
-        from megatron.core.utils import unwrap_model
-
-        original = training.setup_model_and_optimizer
-
-        def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-            built = original(*args, **kwargs)
-            first = parallel_state.get_pipeline_model_parallel_rank() if len(built[0]) == 1 else 0
-            for stage, chunk in enumerate(built[0], start=first):
-                if stage == self.stage:
-                    self._hook(unwrap_model(chunk))
-            return built
-
-        training.setup_model_and_optimizer = setup_model_and_optimizer
-        yield
-        training.setup_model_and_optimizer = original
-
-    def _hook(self, model: torch.nn.Module) -> None:
-        count = 0
-
-        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-            nonlocal count
-            count += module.training
-            if not module.training or count - 1 != self.microbatch:
-                return None
-            if self.backward:
-                output.register_hook(lambda gradient: gradient * self.factor)
-                return None
-            return output * self.factor
-
-        model.register_forward_hook(hook)
-
-
-@dataclass(frozen=True)
-class Terminated:
-    """SIGTERM for some ranks, ``after_s`` seconds into their train_step of an iteration; for ``train``'s ``within``."""
-
-    iteration: int
-    ranks: tuple[int, ...]
-    after_s: float = 0.0
-    times: int = 1
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, the signals are sent."""
-        import megatron.training.training as training
-
-        original = training.train_step
-
-        def kill() -> None:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        def train_step(*args: Any, **kwargs: Any) -> Any:
-            if kwargs["iteration"] == self.iteration and dist.get_rank() in self.ranks:
-                threading.Timer(self.after_s, kill).start()
-            return original(*args, **kwargs)
-
-        training.train_step = train_step
-        yield
-        training.train_step = original
 
 
 def _pretrain(script: Any) -> None:

@@ -21,7 +21,8 @@ from .helpers import (
     slow,
 )
 from .helpers import without as without_flags
-from .jobs import Injection, TrainingResult
+from .interruptions import Injection
+from .jobs import TrainingResult
 from .pool import JobError
 
 CLIPPED = ["--clip-grad", "0.5"]  # gradients of the small model have norms between 1 and 3

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
-from .jobs import Injection, Terminated
+from .interruptions import Injection, Terminated
 from .pool import Pool
 
 ITERS = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from paci_megatron.plan.schedules import max_drift, max_in_flight
 
-from .helpers import PACI, GetPool, arguments, assert_same_bits, slow
+from . import interruptions
+from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
+from .pool import JobError
 
 
 @pytest.mark.parametrize(("num_stages", "a"), [(2, 3), (4, 1), (4, 3), *slow((2, 1), (2, 2), (4, 6))])
@@ -88,3 +91,10 @@ def test_measured_drift_and_in_flight_are_the_schedules(
         total = 12 * a * long["mean_drift"] - 6 * a * short["mean_drift"]
         steady = Fraction(total).limit_denominator(1000) / (6 * a)
         assert steady == Fraction(num_stages - 1 - stage, a), f"stage {stage}"
+
+
+def test_going_beyond_a_bound_stops_the_run_and_shows_the_plan(one_process: OneProcess, corpus: str) -> None:
+    with pytest.raises(JobError) as caught:
+        one_process(emulated([*arguments(corpus, 2, 2), *PACI]), within=interruptions.no_drift_allowed)
+    assert "stage 0: drift of 1 updates, the schedule allows 0" in str(caught.value)
+    assert re.search(r"^stage 0: F0 .* B2 .*\nstage 1: .* F0 .* B2 ", str(caught.value), re.M)
