@@ -34,6 +34,15 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "makes paci the same computation as 1f1b. Default: never.",
     )
     group.add_argument(
+        "--paci-extra-in-flight",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Let the first stage have K more micro-batches in flight, and later stages evenly fewer, so that transfers and "
+        "uneven times make their neighbours wait less; N-1 hides most of both. Costs their activations, and drift: at most "
+        "ceil((N-1+K)/a) updates. Default: 0, the memory of 1F1B-flush.",
+    )
+    group.add_argument(
         "--paci-weight-policy",
         choices=WEIGHT_POLICIES,
         default="latest",

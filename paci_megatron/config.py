@@ -213,6 +213,8 @@ class PaciConfig:
             )
         if args.paci_drain_interval is not None and args.paci_drain_interval < 1:
             raise ConfigError(f"--paci-drain-interval {args.paci_drain_interval}: must be at least 1 update.")
+        if args.paci_extra_in_flight < 0:
+            raise ConfigError(f"--paci-extra-in-flight {args.paci_extra_in_flight}: must be 0 or a number of micro-batches.")
         for flag, value in (("start-iteration", args.paci_start_iteration), ("fallback", args.paci_fallback)):
             if value < 0:
                 raise ConfigError(f"--paci-{flag} {value}: must be 0 (off) or a number of iterations.")
@@ -226,6 +228,7 @@ class PaciConfig:
             emulates=args.paci_emulate_stages is not None,
             clip_mode=args.paci_clip_mode if args.clip_grad else "none",
             drain_interval=args.paci_drain_interval,
+            extra_in_flight=args.paci_extra_in_flight,
             weight_policy=args.paci_weight_policy,
         )
 
@@ -236,6 +239,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "
             "pipeline has one weight version. Add --pipeline-schedule paci, or remove the flag."
+        )
+    if args.paci_extra_in_flight and args.pipeline_schedule != "paci":
+        raise ConfigError(
+            f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
+            "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
         )
 
 
@@ -287,11 +295,12 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             "--step-batch-size-schedule."
         )
     a = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    if a < num_stages - 1:
+    needed = num_stages - 1 + args.paci_extra_in_flight
+    if a < needed:
         raise ConfigError(
             f"--paci-weight-policy double-buffer with {num_stages} stages and {a} micro-batches per update: two weight "
-            f"versions are enough only with at least {num_stages - 1} micro-batches per update. Raise --global-batch-size "
-            f"to {(num_stages - 1) * args.micro_batch_size * args.data_parallel_size}."
+            f"versions are enough only with at least {needed} micro-batches per update. Raise --global-batch-size "
+            f"to {needed * args.micro_batch_size * args.data_parallel_size}."
         )
 
 

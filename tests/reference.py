@@ -2,7 +2,8 @@
 
 No executor and no plan: two nested loops, over time and over stages. On a clock in which every forward and every backward
 takes one tick, stage s of N forwards micro-batch m at tick s+2m and backwards it at tick 2N-1-s+2m. So N-s micro-batches are
-in flight at stage s, and each stage updates its weights after every a backwards, without waiting for the others.
+in flight at stage s, and each stage updates its weights after every a backwards, without waiting for the others. To have e
+more in flight, a stage backwards 2e ticks later.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def train(
     updates: int,
     policy: str = "latest",
     max_norm: float = 0.0,
+    extra: int = 0,
 ) -> list[list[int]]:
     """Train for that many updates of each stage; returns each stage's drifts by micro-batch, in updates.
 
     ``policy`` is latest (PACI), stash (PipeDream) or double-buffer (PipeDream-2BW). ``max_norm`` clips globally, if not 0.
+    The first stage has ``extra`` more micro-batches in flight, and the others evenly fewer, down to none on the last.
     The last update comes when all stages have finished.
     """
     num_stages, a = len(stages), microbatches_per_update
@@ -52,9 +55,10 @@ def train(
     version = [0] * num_stages
     history = [[[p.detach().clone() for p in stage.parameters]] for stage in stages]  # every version there was
     drifts: list[list[int]] = [[] for _ in stages]
-    windows = Windows(stages, a, max_norm)
+    windows = Windows(stages, a, max_norm, extra)
+    more = [math.floor(extra * (num_stages - 1 - s) / (num_stages - 1) + 0.5) for s in range(num_stages)]
 
-    for tick in range(2 * num_stages + 2 * total):
+    for tick in range(2 * num_stages + 2 * extra + 2 * total):
         for s, stage in enumerate(stages):
             m, waits = divmod(tick - s, 2)
             if not waits and 0 <= m < total:
@@ -64,7 +68,7 @@ def train(
                 y = stage.forward(m, x)
                 graphs[s, m] = x, y, forward_version
                 activations[s + 1, m] = y.detach().clone()
-            m, waits = divmod(tick - (2 * num_stages - 1 - s), 2)
+            m, waits = divmod(tick - (2 * num_stages - 1 - s + 2 * more[s]), 2)
             if not waits and 0 <= m < total:
                 x, y, forward_version = graphs.pop((s, m))
                 backward_version = version[s] if policy == "latest" else forward_version
@@ -98,9 +102,9 @@ def put(values: Sequence[torch.Tensor], stage: ReferenceStage) -> None:
 class Windows:
     """The gradients of all windows of all stages, and the updates made from them. Windows and updates count from 1."""
 
-    def __init__(self, stages: Sequence[ReferenceStage], a: int, max_norm: float) -> None:
+    def __init__(self, stages: Sequence[ReferenceStage], a: int, max_norm: float, extra: int) -> None:
         self.stages = stages
-        self.lag = -(-len(stages) // a)  # updates after which a global norm, or a tied gradient, is used
+        self.lag = -(-(len(stages) + extra) // a)  # updates after which a global norm, or a tied gradient, is used
         self.max_norm = max_norm
         self.gradients: list[list[list[torch.Tensor]]] = [[] for _ in stages]
         self.squares: list[list[float]] = [[] for _ in stages]

@@ -79,16 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-DEFAULT_SCHEDULES = (
-    "1f1b", "interleaved:2", "zb-h1", "zb-2p", "pipedream-2bw", "pipedream", "paci", "paci:1", "paci-slack:1"
-)  # fmt: skip
+DEFAULT_SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "zb-2p", "pipedream-2bw", "pipedream", "paci", "paci:1")
 
 
 def _choose(names: Sequence[str] | None, scenario: Scenario) -> list[Schedule]:
     """The schedules to compare. Of those not asked for by name, the ones that exist for this size."""
     n, a = scenario.num_stages, scenario.microbatches_per_update
     if names is None:
-        return [s for s in map(find_schedule, DEFAULT_SCHEDULES) if s.problem(n, a) is None]
+        slack = [f"paci:{n - 1}"] if n > 2 else []  # one more for each stage that follows
+        return [s for s in map(find_schedule, [*DEFAULT_SCHEDULES, *slack]) if s.problem(n, a) is None]
     schedules = [find_schedule(name) for name in names]
     for schedule in schedules:
         problem = schedule.problem(n, a)

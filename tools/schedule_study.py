@@ -8,7 +8,8 @@ from paci_megatron.plan.peers import find_schedule
 from paci_megatron.plan.simulate import Costs, StageCosts
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256, 512)
-SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "paci", "paci:1", "paci-slack:1")
+SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "paci", "paci:1", "paci:N-1")
+SLACK_TITLE = "PACI, k=N-1"
 SETTINGS = ((0.0, 0.0), (0.2, 0.0), (0.0, 0.05), (0.2, 0.05))
 """Jitter, and latency as a share of a micro-batch's forward and backward."""
 
@@ -18,11 +19,15 @@ MEASURED_MICROBATCHES = 1024
 
 
 def computing(name: str, num_stages: int, jitter: float, latency: float) -> float:
-    """The share of the time that stages compute in steady state, with N micro-batches per update on N stages."""
+    """The share of the time that stages compute in steady state, with N micro-batches per update on N stages.
+
+    ``paci:N-1`` is PACI with so many more in flight, which is one for each stage that follows.
+    """
     work_s = STAGE.forward_s + STAGE.backward_s
     costs = Costs((STAGE,) * num_stages, latency_s=latency * work_s, jitter=jitter)
     measured = max(3, MEASURED_MICROBATCHES // num_stages)
-    run = find_schedule(name).simulate(num_stages, FILL_UPDATES + measured + DRAIN_UPDATES, costs)
+    schedule = find_schedule(name.replace("N-1", str(num_stages - 1)))
+    run = schedule.simulate(num_stages, FILL_UPDATES + measured + DRAIN_UPDATES, costs)
     return run.microbatches_per_s(FILL_UPDATES, FILL_UPDATES + measured) * work_s
 
 
@@ -32,7 +37,7 @@ def study(all_num_stages: Sequence[int]) -> None:
         "N",
         "jitter",
         "latency",
-        *(find_schedule(name).title for name in SCHEDULES),
+        *(SLACK_TITLE if name == "paci:N-1" else find_schedule(name).title for name in SCHEDULES),
         "PACI / 1F1B-flush",
         "(a+N-1)/a",
     ]

@@ -13,7 +13,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from paci_megatron.config import ConfigError, PaciConfig
 from paci_megatron.plan.records import record_lag
-from paci_megatron.plan.schedules import max_drift
+from paci_megatron.plan.schedules import max_drift, max_in_flight
 from paci_megatron.runtime.control import Record, Request
 from paci_megatron.runtime.emulate import run_stages_to_update
 from paci_megatron.runtime.update import UpdateResult
@@ -127,13 +127,20 @@ class TrainingContext:
 
     def describe(self, a: int) -> list[str]:
         """What this run will do, for the log."""
-        num_stages, flushes = self.config.num_stages, self.config.schedule != "paci"
-        drift = [0 if flushes else max_drift(s, num_stages, a, self.config.extra_in_flight) for s in range(num_stages)]
+        num_stages, extra = self.config.num_stages, self.config.extra_in_flight
         where = " emulated in one process" if self.config.emulates else ""
+        clipping = f"clipping: {self._describe_clipping(a)}"
+        if self.config.schedule != "paci":
+            return [f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update", clipping]
+        drift = [max_drift(s, num_stages, a, extra) for s in range(num_stages)]
+        held = [max_in_flight(s, num_stages, extra) for s in range(num_stages)]
+        more = f", {held[0]} instead of {num_stages} at the first stage" if extra else ""
         return [
             f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
-            f"{max(drift)} updates (by stage: {' '.join(map(str, drift))})",
-            f"clipping: {self._describe_clipping(a)}",
+            f"{drift[0]} updates (by stage: {_row(drift)})",
+            f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; one copy of the "
+            "weights",
+            clipping,
         ]
 
     def _describe_clipping(self, a: int) -> str:
@@ -149,6 +156,10 @@ class TrainingContext:
                     f"{limit}, by the global norm of {lag} update{'s' if lag > 1 else ''} ago, what a stage knows of the "
                     "current one, and at a drain the exact global norm"
                 )
+
+
+def _row(values: list[int]) -> str:
+    return " ".join(map(str, values))
 
 
 def _print_last_rank(line: str) -> None:

@@ -139,7 +139,7 @@ class Stage:
             actions = paci(index, num_stages, a, is_drain, extra)
         else:
             actions, is_drain = one_f_one_b_flush(index, num_stages, a), lambda update: True
-        actions = with_transfers(actions, index, num_stages, a, is_drain)
+        actions = with_transfers(actions, index, num_stages, a, is_drain, extra)
         return with_records(actions, num_stages, a, is_drain, extra)
 
     def _tied_embedding(self, lag: int) -> TiedEmbedding | None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from paci_megatron.plan.schedules import sends_in_flight
 from paci_megatron.runtime.control import Record, Request
 from paci_megatron.runtime.links import P2PLink, TensorPair
 from paci_megatron.runtime.tied_embeddings import TensorExchange
@@ -43,9 +44,11 @@ def p2p_links(
     activations, gradients = create_groups(ranks, ["PACI_ACTIVATIONS", "PACI_GRADIENTS"], minutes)
     (records,) = create_groups(ranks, ["PACI_RECORDS"], minutes, backend="gloo")
 
+    hold = sends_in_flight(len(ranks), args.paci_extra_in_flight)
+
     def link(record_lag: int) -> P2PLink:
         forward, backward = (P2PCommunicator(pp_group=group, config=config) for group in (activations, gradients))
-        return P2PLink(forward, backward, shape, device, records, record_lag)
+        return P2PLink(forward, backward, shape, device, records, record_lag, hold)
 
     return link
 

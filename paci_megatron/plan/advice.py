@@ -172,7 +172,7 @@ def _smallest(num_stages: int) -> str:
 
 
 def _more_in_flight(scenario: Scenario, paci: Outcome) -> list[str]:
-    """What more micro-batches in flight buy: one more on every stage, and one more for each stage that follows."""
+    """What more micro-batches in flight buy: one, and one more for each stage that follows."""
 
     def sentence(name: str, what: str) -> str:
         more = scenario.outcome(find_schedule(name))
@@ -182,10 +182,11 @@ def _more_in_flight(scenario: Scenario, paci: Outcome) -> list[str]:
         drift = f"a drift of up to {max(more.max_drift)} instead of {max(paci.max_drift)}"
         return f"{what} buys {buys}, for {activations} and {drift}."
 
-    return [
-        sentence("paci:1", "One more micro-batch in flight on every stage (paci:1)"),
-        sentence("paci-slack:1", "One more for each stage that follows (paci-slack:1)"),
-    ]
+    most = scenario.num_stages - 1
+    sentences = [sentence("paci:1", "One more micro-batch in flight (paci:1)")]
+    if most > 1:
+        sentences.append(sentence(f"paci:{most}", f"One more for each stage that follows (paci:{most})"))
+    return sentences
 
 
 def _imbalance(scenario: Scenario, paci: Outcome, computing_s: list[float]) -> tuple[float, str]:

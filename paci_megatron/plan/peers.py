@@ -110,15 +110,6 @@ def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: in
     return paci(stage, num_stages, a, lambda update: update == updates, extra_in_flight)
 
 
-def _paci_slack(stage: int, num_stages: int, a: int, updates: int, per_hop: int) -> Iterator[Action]:
-    """PACI with more in flight the more stages follow, which is what lets a transfer or a slow action be late.
-
-    In a fixed order a stage waits for its neighbour by the difference of what the two have in flight. With k more on
-    every stage that difference is 1 as without, so nothing is gained; it has to grow from stage to stage.
-    """
-    return _paci(stage, num_stages, a, updates, per_hop * (num_stages - 1 - stage))
-
-
 def _pipedream(stage: int, num_stages: int, a: int, updates: int) -> Iterator[Action]:
     return _paci(stage, num_stages, 1, updates * a)
 
@@ -134,7 +125,7 @@ _PLAIN = {
     "paci": Schedule("paci", "PACI", _paci),
 }
 
-NAMES = "1f1b, interleaved:CHUNKS, zb-h1, zb-2p, pipedream-2bw, pipedream, paci, paci:EXTRA_IN_FLIGHT, paci-slack:PER_STAGE"
+NAMES = "1f1b, interleaved:CHUNKS, zb-h1, zb-2p, pipedream-2bw, pipedream, paci, paci:EXTRA_IN_FLIGHT"
 
 
 def find_schedule(name: str) -> Schedule:
@@ -144,8 +135,6 @@ def find_schedule(name: str) -> Schedule:
         return _PLAIN[base]
     if number.isdecimal() and base == "paci":
         return Schedule(name, f"PACI, k={int(number)}", partial(_paci, extra_in_flight=int(number)))
-    if number.isdecimal() and base == "paci-slack":
-        return Schedule(name, f"PACI, slack {int(number)}", partial(_paci_slack, per_hop=int(number)))
     if number.isdecimal() and base == "interleaved" and int(number) >= 2:
         chunks = int(number)
         actions = partial(_interleaved, chunks=chunks)

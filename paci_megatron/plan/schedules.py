@@ -9,11 +9,6 @@ from .actions import Action, Kind, shared_action
 IsDrain = Callable[[int], bool]
 """Whether the pipeline runs empty at this update (from 1)."""
 
-SENDS_IN_FLIGHT = 2
-"""Sends a stage keeps in each direction before it waits for the oldest, which the order of actions has delivered by
-then: before stage s sends activation m it has finished the backward of m-(N-s), and that gradient left stage s+1 after
-the forward of m-2. Likewise for gradients. So the wait is there to free memory and never stops a stage."""
-
 
 def never(update: int) -> bool:
     """No drain, ever."""
@@ -29,8 +24,8 @@ def paci(
 ) -> Iterator[Action]:
     """PACI's actions at one stage, without end (paper, section 3).
 
-    The stage forwards while fewer than ``num_stages - stage_index + extra_in_flight`` micro-batches are in flight and
-    the next one does not lie beyond a drain; otherwise it does a backward, and an update after every
+    The stage forwards while fewer than :func:`max_in_flight` micro-batches are in flight and the next one does not lie
+    beyond a drain; otherwise it does a backward, and an update after every
     ``microbatches_per_update`` of them. ``is_drain`` is asked only when the plan reaches the micro-batch in question.
     """
     a = microbatches_per_update
@@ -76,21 +71,24 @@ def with_transfers(
     num_stages: int,
     microbatches_per_update: int,
     is_drain: IsDrain = never,
+    extra_in_flight: int = 0,
 ) -> Iterator[Action]:
     """``actions`` with the transfers between neighbours.
 
-    A receive action posts the receive; the forward or backward of that micro-batch waits for it. Each receive stands
-    one micro-batch ahead, so the transfer overlaps the stage's compute, except across a drain, where nothing may be
-    pending.
+    A receive action posts the receive; the forward or backward of that micro-batch waits for it. Receives stand as many
+    micro-batches ahead as the neighbour may be (:func:`max_lead`), so that no transfer waits for its receiver, except
+    across a drain, where nothing may be pending.
     """
+    a, lead = microbatches_per_update, max_lead(num_stages, extra_in_flight)
     first, last = stage_index == 0, stage_index == num_stages - 1
     posted = {Kind.RECV_FORWARD: 0, Kind.RECV_BACKWARD: 0}
 
     def receives(kind: Kind, microbatch: int) -> Iterator[Action]:
-        ahead = microbatch + 1
-        at_drain = ahead % microbatches_per_update == 0 and is_drain(ahead // microbatches_per_update)
-        while posted[kind] <= (microbatch if at_drain else ahead):
-            yield Action(kind, posted[kind])
+        while posted[kind] <= microbatch + lead:
+            ahead = posted[kind]
+            if ahead > microbatch and ahead % a == 0 and is_drain(ahead // a):
+                break
+            yield Action(kind, ahead)
             posted[kind] += 1
 
     for action in actions:
@@ -106,13 +104,38 @@ def with_transfers(
 
 
 def max_in_flight(stage_index: int, num_stages: int, extra_in_flight: int = 0) -> int:
-    """The most micro-batches forwarded and not yet backwarded at a stage (paper, section 3)."""
-    return num_stages - stage_index + extra_in_flight
+    """The most micro-batches forwarded and not yet backwarded at a stage: N-s (paper, section 3), and what it has of the
+    ``extra_in_flight`` more of the first stage.
+
+    The extra falls evenly from stage to stage, to 0 on the last. In a fixed order a stage waits for its neighbour by the
+    difference of what the two have in flight; the same extra on every stage would change no difference and gain nothing.
+    """
+    following = num_stages - 1 - stage_index
+    # Rounded half up.
+    share = (2 * extra_in_flight * following + num_stages - 1) // max(2 * (num_stages - 1), 1)
+    return following + 1 + share
 
 
 def max_drift(stage_index: int, num_stages: int, microbatches_per_update: int, extra_in_flight: int = 0) -> int:
-    """The bound on backward_version - forward_version at a stage, in updates: ceil((N-1-s+extra)/a)."""
-    return -(-(num_stages - 1 - stage_index + extra_in_flight) // microbatches_per_update)
+    """The bound on backward_version - forward_version at a stage, in updates: ceil((in flight - 1) / a)."""
+    return -(-(max_in_flight(stage_index, num_stages, extra_in_flight) - 1) // microbatches_per_update)
+
+
+def max_lead(num_stages: int, extra_in_flight: int = 0) -> int:
+    """How many micro-batches a stage may be ahead of its neighbour's receive: the most by which what two neighbours have
+    in flight differs, 1 without extra.
+    """
+    return 1 - (-extra_in_flight // max(num_stages - 1, 1))
+
+
+def sends_in_flight(num_stages: int, extra_in_flight: int = 0) -> int:
+    """How many sends a stage keeps in each direction before it waits for the oldest, which has then been delivered.
+
+    Before stage s sends activation m it has finished the backward of m-c, where c is what it may have in flight. That
+    gradient left stage s+1 after the forward of m-c+c'-1, where c' is what s+1 may: so m-1-(c-c') has been received.
+    Likewise for gradients. So the wait is there to free memory and never stops a stage.
+    """
+    return max_lead(num_stages, extra_in_flight) + 1
 
 
 def speedup_limit(num_stages: int, microbatches_per_update: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .actions import Action, Kind
 from .records import record_lag
 from .render import render_plans
-from .schedules import SENDS_IN_FLIGHT, max_drift, max_in_flight
+from .schedules import max_drift, max_in_flight, sends_in_flight
 
 
 class PlanError(ValueError):
@@ -22,15 +22,15 @@ def validate(
 ) -> None:
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
-    Checked at every stage: micro-batches in order and each backward after its forward, in flight at most N-s+extra, drift
-    at most ceil((N-1-s+extra)/a), an update after every a-th backward, with the totals known that it may use, nothing in
+    Checked at every stage: micro-batches in order and each backward after its forward, in flight at most
+    ``max_in_flight``, drift at most ``max_drift``, an update after every a-th backward, with the totals known that it may use, nothing in
     flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends under
-    rendezvous transfers: a send is complete only when the receiver has posted its receive, and the next but one send on a
-    link waits for it.
+    rendezvous transfers: a send is complete only when the receiver has posted its receive, transfers of one direction
+    between two stages complete in order, and a stage waits for its oldest send once ``sends_in_flight`` are not complete.
     """
     for stage_index, plan in enumerate(plans):
         _check_stage(plans, stage_index, plan, microbatches_per_update, extra_in_flight, frozenset(drains))
-    _check_transfers(plans)
+    _check_transfers(plans, sends_in_flight(len(plans), extra_in_flight))
 
 
 def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
@@ -85,7 +85,7 @@ def _check_stage(
         done[kind] += 1
 
 
-def _check_transfers(plans: Sequence[Sequence[Action]]) -> None:
+def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int) -> None:
     """Run all plans together under rendezvous transfers and see that everyone reaches the end."""
     num_stages = len(plans)
     position = [0] * num_stages
@@ -103,9 +103,9 @@ def _check_transfers(plans: Sequence[Sequence[Action]]) -> None:
             case Kind.TOTAL:
                 return posted[stage - 1][Kind.TOTAL] >= m if stage > 0 else posted[0][Kind.REPORT] >= m
             case Kind.SEND_FORWARD:
-                return posted[stage + 1][Kind.RECV_FORWARD] > m - SENDS_IN_FLIGHT
+                return posted[stage + 1][Kind.RECV_FORWARD] > m - held_sends
             case Kind.SEND_BACKWARD:
-                return posted[stage - 1][Kind.RECV_BACKWARD] > m - SENDS_IN_FLIGHT
+                return posted[stage - 1][Kind.RECV_BACKWARD] > m - held_sends
             case _:
                 return True
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from paci_megatron.plan import Action
-from paci_megatron.plan.schedules import SENDS_IN_FLIGHT
 
 from .control import Record, RecordLink
 
@@ -90,13 +89,13 @@ class TensorPair:
 class _Channel:
     """One direction between neighbours: receives in posted order, sends held until they are done."""
 
-    def __init__(self, communicator: P2PCommunicator, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, communicator: P2PCommunicator, shape: tuple[int, ...], device: torch.device, hold: int) -> None:
         self._communicator = communicator
         self._group = communicator.pp_group
         self._shape = shape
         self._device = device
         self._posted: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._sends = _Sends(self._group, SENDS_IN_FLIGHT)
+        self._sends = _Sends(self._group, hold)
 
     def post_receive(self, microbatch: int, source: int) -> None:
         dtype = self._communicator.config.pipeline_dtype
@@ -156,13 +155,15 @@ class P2PLink:
         device: torch.device,
         records: dist.ProcessGroup,
         record_lag: int,
+        sends_in_flight: int,
     ) -> None:
         """``shape`` is that of every transferred tensor: (sequence, micro-batch size, hidden). ``records`` is a gloo group
         of the same ranks, and ``record_lag`` after how many updates a total is everywhere.
+        ``sends_in_flight`` in each direction are never waited for, see plan/schedules.py.
         """
         self._communicator = activations
-        self._activations = _Channel(activations, shape, device)
-        self._gradients = _Channel(gradients, shape, device)
+        self._activations = _Channel(activations, shape, device, sends_in_flight)
+        self._gradients = _Channel(gradients, shape, device, sends_in_flight)
         # Stage s-1 has read report k by the time s reports k + lag; totals are read sooner.
         self._reports, self._totals = (_Records(records, record_lag + 1) for _ in range(2))
 

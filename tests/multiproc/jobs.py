@@ -115,7 +115,8 @@ def train_by_reference(
             _reference_stage(unwrap_model(chunk).train(), optimizer, iterator, a, args.lr, reports)
             for chunk, optimizer, iterator in zip(model, others[0]._optimizers, data, strict=True)
         ]
-        reference.train(stages, a, args.train_iters, args.paci_weight_policy, args.clip_grad)
+        extra = args.paci_extra_in_flight
+        reference.train(stages, a, args.train_iters, args.paci_weight_policy, args.clip_grad, extra)
         windows = torch.stack(reports).view(args.train_iters, a, 2).sum(dim=1)
         result.losses = (windows[:, 0] / windows[:, 1]).tolist()
         return args.train_iters, 0.0

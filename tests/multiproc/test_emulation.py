@@ -48,6 +48,21 @@ def test_emulated_stages_are_the_reference(corpus: str, one_process: OneProcess,
     assert_same_weights(run.stage_weights, reference.stage_weights)
 
 
+@pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 2, 1), (4, 3, 1), (4, 2, 7)])
+def test_more_in_flight_is_the_reference_on_processes_and_emulated(
+    pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int, a: int, extra: int
+) -> None:
+    more = ["--paci-extra-in-flight", str(extra), "--clip-grad", "0.5", *PACI]
+    run = one_process(without_dropout([*emulation(corpus, num_stages, a), *more], num_layers=4))
+    argv = without_dropout([*arguments(corpus, num_stages, a), *more], num_layers=4)
+    assert_same_run(pool(num_stages).run("train", argv=argv), run)
+    reference = one_process(emulated(argv), job="train_by_reference")
+    assert len(run.losses) == 6 and run.losses == reference.losses
+    assert_same_weights(run.stage_weights, reference.stage_weights)
+    without_extra = one_process(without_dropout([*emulation(corpus, num_stages, a), *more[2:]], num_layers=4))
+    assert run.losses != without_extra.losses
+
+
 @pytest.mark.parametrize(("policy", "stages", "a"), [("stash", 4, 1), ("stash", 4, 3), ("double-buffer", 4, 3)])
 def test_other_weight_policies_are_the_reference(
     corpus: str, one_process: OneProcess, tmp_path: Path, policy: str, stages: int, a: int

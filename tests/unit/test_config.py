@@ -34,6 +34,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_drain_interval": None,
         "paci_emulate_stages": None,
         "paci_weight_policy": "latest",
+        "paci_extra_in_flight": 0,
         "global_batch_size": 16,
         "micro_batch_size": 2,
         "data_parallel_size": 2,
@@ -101,6 +102,7 @@ def test_what_would_stop_the_pipeline_is_switched_off_with_a_line(override: Any,
         ),
         ({"paci_transfer_timeout": 0.0}, r"--paci-transfer-timeout 0: must be more than 0"),
         ({"paci_fallback": -1}, r"--paci-fallback -1: must be 0"),
+        ({"paci_extra_in_flight": -1}, r"--paci-extra-in-flight -1: must be 0 or a number of micro-batches"),
         ({"paci_drain_interval": 0}, r"--paci-drain-interval 0: must be at least 1"),
         (
             {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|t|t|t|t|tL"},
@@ -159,7 +161,9 @@ def test_two_weight_versions_need_enough_microbatches() -> None:
 
 
 def test_a_weight_policy_needs_the_schedule() -> None:
-    check_options(namespace(paci_weight_policy="stash"))
+    check_options(namespace(paci_weight_policy="stash", paci_extra_in_flight=1))
+    with pytest.raises(ConfigError, match=r"--paci-extra-in-flight 1 with --pipeline-schedule 1f1b: a flush leaves nothing"):
+        check_options(namespace(paci_extra_in_flight=1, pipeline_schedule="1f1b"))
     check_options(namespace(pipeline_schedule="1f1b"))
     with pytest.raises(ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"):
         check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))

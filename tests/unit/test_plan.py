@@ -19,7 +19,7 @@ from paci_megatron.plan import (
     validate,
     with_transfers,
 )
-from paci_megatron.plan.schedules import IsDrain, max_drift, never
+from paci_megatron.plan.schedules import IsDrain, max_drift, max_in_flight, max_lead, never
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
 
@@ -35,7 +35,7 @@ def up_to(actions: Iterable[Action], update: int) -> list[Action]:
 
 def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, extra: int = 0) -> list[list[Action]]:
     return [
-        up_to(with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain), updates)
+        up_to(with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain, extra), updates)
         for s in range(num_stages)
     ]
 
@@ -58,10 +58,20 @@ def test_golden_transfers_of_a_middle_stage() -> None:
 
 
 @pytest.mark.parametrize(("num_stages", "a"), SIZES)
-@pytest.mark.parametrize("extra", [0, 1, 3])
+@pytest.mark.parametrize("extra", [0, 1, 3, 7, 20])
 @pytest.mark.parametrize("drains", [(6,), (1, 2, 3, 4, 5, 6), (2, 6), (3, 4, 6)])
 def test_plans_keep_every_rule(num_stages: int, a: int, extra: int, drains: tuple[int, ...]) -> None:
     validate(plans(num_stages, a, 6, lambda k: k in drains, extra), a, extra, drains)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("extra", [0, 1, 2, 5, 7, 15, 16, 40])
+def test_extra_micro_batches_fall_evenly_to_the_last_stage(num_stages: int, extra: int) -> None:
+    held = [max_in_flight(stage, num_stages, extra) for stage in range(num_stages)]
+    assert (held[0], held[-1]) == (num_stages + extra, 1)
+    leads = [before - after for before, after in itertools.pairwise(held)]
+    assert max(leads) == max_lead(num_stages, extra) and max(leads) - min(leads) <= 1
+    assert min(leads) >= 1, "a following stage never has as many in flight, so it never waits for ever"
 
 
 @pytest.mark.parametrize(("num_stages", "a"), SIZES)

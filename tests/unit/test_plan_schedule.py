@@ -63,7 +63,7 @@ def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
         assert paci["max_drift"] == [1, 1, 1, 0]
         assert paci["mean_drift"] == pytest.approx([3 / a, 2 / a, 1 / a, 0])
         assert by_name["pipedream"]["updates_late"] == 3 and by_name["pipedream"]["max_drift"] == [0] * 4
-        assert by_name["paci-slack:1"]["peak_activations"] == [7, 5, 3, 1]
+        assert by_name["paci:3"]["peak_activations"] == [7, 5, 3, 1]
 
 
 def test_several_numbers_of_microbatches_give_several_tables(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_advice_where_paci_does_not_help(verdict: str, case: dict[str, Any]) -> 
 
 def test_advice_about_transfers_and_balance() -> None:
     slack = advice(4, 4, latency_s=0.03)[3]
-    assert slack.startswith("One more for each stage that follows (paci-slack:1) buys 1")
+    assert slack.startswith("One more for each stage that follows (paci:3) buys 1")
     stages = (StageCosts(0.1, 0.2), StageCosts(0.1, 0.2), StageCosts(0.2, 0.4), StageCosts(0.1, 0.2))
     balance = advice(4, 4, updates=200, stages=stages)[4]
     assert balance.startswith("Stage 2 is the slowest: 600 ms a micro-batch, 375 ms on average.")

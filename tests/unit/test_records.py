@@ -17,7 +17,7 @@ def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, extr
     return [
         up_to(
             with_records(
-                with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain),
+                with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain, extra),
                 num_stages,
                 a,
                 is_drain,
@@ -40,7 +40,7 @@ def test_golden_plan_with_records() -> None:
 
 
 @pytest.mark.parametrize(("num_stages", "a"), SIZES)
-@pytest.mark.parametrize(("extra", "drains"), [(0, ()), (0, (1, 2, 5)), (1, (3,)), (3, (4, 5))])
+@pytest.mark.parametrize(("extra", "drains"), [(0, ()), (0, (1, 2, 5)), (1, (3,)), (3, (4, 5)), (20, (2, 7))])
 def test_every_stage_knows_the_total_of_lag_updates_ago(
     num_stages: int, a: int, extra: int, drains: tuple[int, ...]
 ) -> None:
