@@ -40,7 +40,7 @@ class TrainingContext:
         self.stages = stages
         self.iteration: int = args.iteration
         self.last_updates: list[UpdateResult] = []
-        self.grad_norms: dict[int, float] = {}  # global, by iteration; complete some updates later
+        self._totals: dict[int, Record] = {}  # of all stages, by iteration; complete some updates later
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
         self.watchdog = Watchdog(stages, args.paci_transfer_timeout, torch.distributed.get_rank())
@@ -89,7 +89,7 @@ class TrainingContext:
         def on_total(update: int, total: Record) -> None:
             # Stages in one process tell the same, one after the other.
             iteration = begin + update
-            self.grad_norms[iteration] = total.norm
+            self._totals[iteration] = total
             asked = Request(int(total.requests))
             if Request.EXIT in asked:
                 self.boundaries.drain_at(iteration + lag + 1)
@@ -100,9 +100,9 @@ class TrainingContext:
         for stage in self.stages:
             stage.begin_plan(a, is_drain, self.args, begin, on_total)
 
-    def take_grad_norms(self) -> dict[int, float]:
-        """The global gradient norms that have become known, by iteration, removed."""
-        taken, self.grad_norms = self.grad_norms, {}
+    def take_totals(self) -> dict[int, Record]:
+        """The records of all stages together that have become known, by iteration, removed."""
+        taken, self._totals = self._totals, {}
         return taken
 
     def _check_tied_embeddings(self) -> None:
@@ -138,8 +138,8 @@ class TrainingContext:
         return [
             f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
             f"{drift[0]} updates (by stage: {_row(drift)})",
-            f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; one copy of the "
-            "weights",
+            f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; one copy "
+            "of the weights",
             clipping,
         ]
 

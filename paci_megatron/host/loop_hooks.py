@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from paci_megatron.runtime.control import Record
+
 from . import context as contexts
 from . import monitor as monitors
 from .train_step import train_step
@@ -51,8 +53,11 @@ def train_step_chosen(original: Function) -> Function:
             for meter in monitor.meters:
                 meter.count_update(successful=not result[1])
         context = contexts.current()
-        norms = context.take_grad_norms() if context is not None else {iteration + 1: result[5]} if result[5] else {}
-        monitor.end_iteration(iteration + 1, losses=result[0], grad_norms=norms)
+        if context is not None:
+            totals = context.take_totals()
+        else:
+            totals = {iteration + 1: Record(squared_norm=result[5] ** 2)} if result[5] is not None else {}
+        monitor.end_iteration(iteration + 1, losses=result[0], totals=totals)
         return result
 
     return chosen_train_step
@@ -144,7 +149,7 @@ def save_when_drained(original: Function) -> Function:
 
         context = contexts.current()
         # Saved with all arguments. Flush leaves none, and must not hand on that of a checkpoint it began with.
-        get_args().paci_last_total = tuple(context.stages[0].last_total) if context is not None else None
+        get_args().paci_last_total = context.stages[0].last_total.to_save() if context is not None else None
         with _paused("a checkpoint"):
             return original(*positional, **named)
 

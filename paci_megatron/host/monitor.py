@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from paci_megatron.runtime.control import Record
 from paci_megatron.telemetry.meters import StageMeter, StageReport
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
@@ -37,7 +38,8 @@ class RunMonitor:
         self._paused_since: float | None = None
         self._logged_s = 0.0
         self._losses: list[torch.Tensor] = []
-        self._grad_norm: tuple[int, float] | None = None  # iteration and global norm, the latest that is known
+        self._total: tuple[int, Record] | None = None  # iteration and record of all stages, the latest that is known
+        self._skipped = 0
 
     def begin_iteration(self) -> None:
         """An iteration starts."""
@@ -48,33 +50,33 @@ class RunMonitor:
                 meter.restart()
 
     def end_iteration(
-        self, iteration: int, losses: dict[str, torch.Tensor], grad_norms: dict[int, float] | None = None
+        self, iteration: int, losses: dict[str, torch.Tensor], totals: dict[int, Record] | None = None
     ) -> None:
         """Iteration ``iteration`` (from 1) is done. At a drain, collective over the pipeline.
 
-        ``grad_norms`` are the global norms, by iteration, that have become known since the last.
+        ``totals`` are the records of all stages, by iteration, that have become known since the last.
         """
-        self._record_norms(iteration, grad_norms or {})
+        self._record_totals(iteration, totals or {})
         if "lm loss" in losses:
             self._losses.append(losses["lm loss"].detach())
         self._drained = self._boundaries.is_drain(iteration)
         if self._drained:
             self._report_stages(iteration)
 
-    def _record_norms(self, iteration: int, grad_norms: dict[int, float]) -> None:
-        """To the writers, each under its own iteration. Megatron itself writes that of the iteration just done."""
-        if grad_norms:
-            self._grad_norm = max(grad_norms.items())
+    def _record_totals(self, iteration: int, totals: dict[int, Record]) -> None:
+        """Norms to the writers, each under its own iteration. Megatron itself writes that of the iteration just done."""
+        if totals:
+            self._total = max(totals.items())
+        self._skipped += sum(not total.is_finite for total in totals.values())
         if self._is_reporter:
-            for of_iteration, norm in sorted(grad_norms.items()):
+            for of_iteration, total in sorted(totals.items()):
                 if of_iteration != iteration:
-                    _write_scalars({"grad-norm": norm}, of_iteration)
+                    _write_scalars({"grad-norm": total.norm}, of_iteration)
 
     def log_interval(self, iteration: int) -> None:
-        """Megatron has logged ``iteration``: print the latest norm, write the interval's mean loss and time."""
-        if self._is_reporter and self._grad_norm is not None and self._grad_norm[0] != iteration:
-            of_iteration, norm = self._grad_norm
-            print(f" paci, iteration {iteration:8d} | grad norm: {norm:.3f} (of iteration {of_iteration}) |", flush=True)
+        """Megatron has logged ``iteration``: print what is known of all stages, write the interval's mean loss and time."""
+        if self._is_reporter and self._schedule == "paci" and self._total is not None:
+            print(interval_line(iteration, *self._total, self._skipped), flush=True)
         if self._file is None or not self._losses:
             return
         train_s, count = self._train_s(), len(self._losses)
@@ -84,8 +86,7 @@ class RunMonitor:
             iterations=count,
             loss=float(torch.stack(self._losses).mean()),
             ms_per_iteration=1000 * (train_s - self._logged_s) / count,
-            grad_norm=None if self._grad_norm is None else self._grad_norm[1],
-            grad_norm_iteration=None if self._grad_norm is None else self._grad_norm[0],
+            **_total_figures(self._total),
         )
         self._losses.clear()
         self._logged_s = train_s
@@ -159,6 +160,27 @@ def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if (wandb := get_wandb_writer()) is not None:
         wandb.log(scalars, iteration)
+
+
+def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int) -> str:
+    """PACI's line beside Megatron's log line: all stages' figures as far as they are known, up to ``of_iteration``."""
+    fields = [f"grad norm: {total.norm:.3f} (of iteration {of_iteration})"]
+    if total.least_bubble <= total.most_bubble:
+        fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest")
+    fields += [f"max drift: {total.max_drift:.0f}", f"skipped updates: {skipped}"]
+    return f" paci, iteration {iteration:8d} | {' | '.join(fields)} |"
+
+
+def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
+    """For the metrics file."""
+    of_iteration, total = known if known is not None else (None, Record())
+    has_bubble = total.least_bubble <= total.most_bubble
+    return {
+        "grad_norm": None if known is None else total.norm,
+        "grad_norm_iteration": of_iteration,
+        "least_bubble_fraction": total.least_bubble if has_bubble else None,
+        "most_bubble_fraction": total.most_bubble if has_bubble else None,
+    }
 
 
 def stage_line(iteration: int, reports: list[StageReport]) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Stage:
             self._finalize,
             samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
             take_num_tokens=self._take_num_tokens if self.model_config.calculate_per_token_loss else None,
-            requests=lambda: self._wiring.requests(self),
+            remarks=partial(self._remarks, args.log_interval),
             tied=self._tied_embedding(lag),
         )
         weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
@@ -160,6 +161,14 @@ class Stage:
         bits = weight.contiguous().view(torch.int16).view(-1).long()
         weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
         return int((bits * weights).sum())
+
+    def _remarks(self, log_interval: int, update: int) -> Record:
+        """What this stage asks of the others, and its figures for the log."""
+        if (self._begin + update) % log_interval == 0:
+            self.meter.end_interval()
+        least, most = self.meter.bubbles
+        requests = float(self._wiring.requests(self))
+        return Record(requests=requests, least_bubble=least, most_bubble=most, max_drift=float(self.meter.max_drift))
 
     def _take_num_tokens(self) -> int:
         """The window's tokens over all replicas of the last stage, which alone knows them."""

@@ -23,9 +23,9 @@ def validate(
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
     Checked at every stage: micro-batches in order and each backward after its forward, in flight at most
-    ``max_in_flight``, drift at most ``max_drift``, an update after every a-th backward, with the totals known that it may use, nothing in
-    flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends under
-    rendezvous transfers: a send is complete only when the receiver has posted its receive, transfers of one direction
+    ``max_in_flight``, drift at most ``max_drift``, an update after every a-th backward, with the totals known that it may
+    use, nothing in flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends
+    under rendezvous transfers: a send is complete only when the receiver has posted its receive, transfers of one direction
     between two stages complete in order, and a stage waits for its oldest send once ``sends_in_flight`` are not complete.
     """
     for stage_index, plan in enumerate(plans):

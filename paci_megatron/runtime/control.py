@@ -1,7 +1,7 @@
 """What all stages know of an update, without a collective: sums that travel beside the micro-batches.
 
 See ``plan/records.py`` for when; this is what: the squared gradient norm, the window's tokens, and requests. From them
-follow the clipping and the skipping of updates, the same on every run whatever the timing.
+follow the clipping and the skipping of updates, the same on every run whatever the timing. Figures for the log travel along.
 """
 
 from __future__ import annotations
@@ -24,16 +24,34 @@ class Request(IntFlag):
 
 
 class Record(NamedTuple):
-    """Sums over a stage and the later ones, or in a total over all stages, for one window. Numbers only: it is sent."""
+    """Sums over a stage and the later ones, or in a total over all stages, for one window. Numbers only: it is sent.
+
+    Bubbles are those of the busiest and the idlest of these stages in the last complete log interval; the least is above
+    the most as long as there is none.
+    """
 
     squared_norm: float = 0.0
     num_tokens: float = 0.0
     requests: float = 0.0
+    least_bubble: float = 1.0
+    most_bubble: float = 0.0
+    max_drift: float = 0.0
 
     def plus(self, later: Record) -> Record:
         """The sums with ``later``'s."""
         requests = Request(int(self.requests)) | Request(int(later.requests))
-        return Record(self.squared_norm + later.squared_norm, self.num_tokens + later.num_tokens, float(requests))
+        return Record(
+            self.squared_norm + later.squared_norm,
+            self.num_tokens + later.num_tokens,
+            float(requests),
+            min(self.least_bubble, later.least_bubble),
+            max(self.most_bubble, later.most_bubble),
+            max(self.max_drift, later.max_drift),
+        )
+
+    def to_save(self) -> tuple[float, ...]:
+        """What a checkpoint keeps, as arguments of a new record: nothing that depends on timing."""
+        return self[:2]
 
     @property
     def is_finite(self) -> bool:

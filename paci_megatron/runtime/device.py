@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 
@@ -18,7 +19,7 @@ class Stopwatch:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._started = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
         """Begin a wait."""
@@ -36,11 +37,17 @@ class Stopwatch:
         else:
             self._seconds += time.perf_counter() - self._started
 
+    def so_far_s(self) -> float:
+        """The seconds summed since :meth:`take_s`, without waiting: on a GPU as far as it has got."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
+
     def take_s(self) -> float:
         """The seconds summed since the last call, which starts again from zero. Synchronises with a GPU."""
-        for begin, end in self._events:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
-        self._events.clear()
+        if self._events:
+            self._events[-1][1].synchronize()
+            self.so_far_s()
         taken, self._seconds = self._seconds, 0.0
         return taken

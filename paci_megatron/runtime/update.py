@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .control import Control, Record, Request
+from .control import Control, Record
 from .tied_embeddings import TiedEmbedding
 
 
@@ -32,11 +32,12 @@ class StageUpdate:
         finalize_gradients: Callable[[], None],
         samples_per_update: int,
         take_num_tokens: Callable[[], int] | None = None,
-        requests: Callable[[], Request] = lambda: Request.NONE,
+        remarks: Callable[[int], Record] = lambda update: Record(),
         tied: TiedEmbedding | None = None,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
-        the stage (data, tensor, context parallel). With a per-token loss ``take_num_tokens`` is the window's number of
+        the stage (data, tensor, context parallel). ``remarks`` is what else the stage tells the others beside an update's
+        gradients. With a per-token loss ``take_num_tokens`` is the window's number of
         tokens, 0 on all but the last stage.
         """
         self._model = model
@@ -46,7 +47,7 @@ class StageUpdate:
         self._finalize_gradients = finalize_gradients
         self._samples_per_update = samples_per_update
         self._take_num_tokens = take_num_tokens
-        self._requests = requests
+        self._remarks = remarks
         self._tied = tied
         self._parameters = tuple(model.parameters())
         self._later = Record()
@@ -70,7 +71,8 @@ class StageUpdate:
         # Over the ranks that share the stage, see host/context.py. In steady state this is the update's only wait for the
         # device.
         norm = float(self._optimizer.get_grad_norm())
-        self._control.report(update, Record(norm * norm, own_tokens, self._requests()), later)
+        own = self._remarks(update)._replace(squared_norm=norm * norm, num_tokens=own_tokens)
+        self._control.report(update, own, later)
 
     def pass_total(self, update: int) -> None:
         """See :meth:`Control.pass_total`."""

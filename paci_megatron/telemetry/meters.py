@@ -49,7 +49,6 @@ class StageMeter:
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0
-        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self.restart()
 
     def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
@@ -93,6 +92,23 @@ class StageMeter:
         """Note how much copies of older weights hold."""
         self._copied_weight_bytes = max(self._copied_weight_bytes, weight_bytes)
 
+    def end_interval(self) -> None:
+        """A log interval ends here, and the next begins. Waits for nothing: what a device has still to do counts later."""
+        now, busy_s = time.perf_counter(), self._busy.so_far_s()
+        self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / (now - self._interval_since), 0.0), 1.0)
+        self._interval_since, self._interval_busy_s = now, busy_s
+
+    @property
+    def bubbles(self) -> tuple[float, float]:
+        """The least and the most bubble fraction of the last log interval; (1, 0) if none has ended since the last report."""
+        bubble = self._interval_bubble
+        return (1.0, 0.0) if bubble is None else (bubble, bubble)
+
+    @property
+    def max_drift(self) -> int:
+        """The largest drift since the last report, in updates."""
+        return self._max_drift
+
     def take_report(self) -> StageReport:
         """The figures since the last report; counting starts again from zero."""
         wall_s = time.perf_counter() - self._since
@@ -115,4 +131,6 @@ class StageMeter:
         self._busy.take_s()
         self._updates = self._skipped = self._backwards = self._drift_sum = 0
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
-        self._since = time.perf_counter()
+        self._since = self._interval_since = time.perf_counter()
+        self._interval_busy_s = 0.0
+        self._interval_bubble: float | None = None
