@@ -141,8 +141,6 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         "eval-iters": 1,
         "eval-micro-batch-size": _largest_micro_batch(study),
     }
-    if arm.clip_grad and not arm.is_flush:
-        flags["paci-clip-mode"] = "stage"
     if arm.weight_policy != "latest":
         flags["paci-weight-policy"] = arm.weight_policy
     if arm.recompute:
