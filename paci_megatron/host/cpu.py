@@ -1,9 +1,10 @@
 """Stand-ins that let Megatron run without CUDA, over gloo, on the CPU.
 
 Megatron names the CUDA device in many places: ``device="cuda"``, ``tensor.cuda()``, ``torch.cuda.current_device()``,
-``"torch.cuda.FloatTensor"``. On a machine without one, :func:`activate` answers all of them with the CPU: a
-``TorchFunctionMode`` rewrites devices in tensor functions, and a fixed list of ``torch.cuda`` names gets a CPU
-counterpart. It must run before ``megatron`` is imported, because Megatron binds some of these names at import time.
+``"torch.cuda.FloatTensor"``. On a machine without one, :func:`activate` answers all of them with the CPU: the functions
+that take a device rewrite it, and a fixed list of ``torch.cuda`` names gets a CPU counterpart. (A ``TorchFunctionMode``
+would need no list, but costs microseconds in every tensor function: a third of a millisecond in each forward or backward.)
+It must run before ``megatron`` is imported, because Megatron binds some of these names at import time.
 Nothing here is active on a machine that has a CUDA device.
 """
 
@@ -21,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.utils.data
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
 _saved: list[tuple[Any, str, Any]] = []
-_mode: TorchFunctionMode | None = None
+_active = False
 _warning_filters: list[Any] = []
 _random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
@@ -38,13 +39,13 @@ def _is_no_generator_warning(record: logging.LogRecord) -> bool:
 
 def is_active() -> bool:
     """Whether the stand-ins are in place."""
-    return _mode is not None
+    return _active
 
 
 def activate() -> bool:
     """Put the stand-ins in place if there is no CUDA device; returns whether they are in place afterwards."""
-    global _mode
-    if _mode is not None:
+    global _active
+    if _active:
         return True
     if torch.cuda.is_available():
         return False
@@ -55,18 +56,16 @@ def activate() -> bool:
     for owner, name, replacement in _replacements():
         _saved.append((owner, name, getattr(owner, name)))
         setattr(owner, name, replacement)
-    _mode = _CudaMeansCpu()
-    _mode.__enter__()
+    _active = True
     return True
 
 
 def deactivate() -> None:
     """Undo :func:`activate`. For tests; a training process keeps the stand-ins to its end."""
-    global _mode
-    if _mode is None:
+    global _active
+    if not _active:
         return
-    _mode.__exit__(None, None, None)
-    _mode = None
+    _active = False
     _random_logger.removeFilter(_is_no_generator_warning)
     warnings.filters[:] = _warning_filters  # type: ignore[index]
     while _saved:
@@ -111,27 +110,59 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices to the CPU in every tensor function."""
+def _on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` with a CUDA ``device`` among its named arguments rewritten to the CPU."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if kwargs:
-            device = kwargs.get("device")
-            if device is not None and _is_cuda(device):
-                kwargs = {**kwargs, "device": CPU}
-        else:
-            kwargs = {}
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        result = func(*args, **kwargs)
-        # Megatron's optimizers accept a parameter only if its type string is a CUDA one.
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+    @functools.wraps(original)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and _is_cuda(device):
+            kwargs["device"] = CPU
+        return original(*args, **kwargs)
+
+    return on_cpu
+
+
+def _to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.to``, whose device may be unnamed."""
+    named = _on_cpu(original)
+
+    @functools.wraps(original)
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        return named(tensor, *args, **kwargs)
+
+    return to
+
+
+def _cuda_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type``. Megatron's optimizers accept a parameter only if its type string is a CUDA one."""
+
+    @functools.wraps(original)
+    def type_of(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_of
+
+
+_TENSOR_CONSTRUCTORS = ("new_tensor", "new_empty", "new_empty_strided", "new_full", "new_zeros", "new_ones")
+
+
+def _device_functions() -> list[tuple[Any, str, Any]]:
+    """(owner, name, stand-in) for every function that makes a tensor on a device."""
+    found: list[tuple[Any, str]] = []
+    constructors = _device_constructors()
+    for owner in (torch, torch.fft, torch.nested):
+        functions = [name for name in dir(owner) if callable(getattr(owner, name)) and not name.startswith("_")]
+        found += [(owner, name) for name in functions if getattr(owner, name) in constructors or name.endswith("_like")]
+    found += [(torch.Tensor, name) for name in _TENSOR_CONSTRUCTORS]
+    table: list[tuple[Any, str, Any]] = [(owner, name, _on_cpu(getattr(owner, name))) for owner, name in found]
+    table.append((torch.Tensor, "to", _to_cpu(torch.Tensor.to)))
+    table.append((torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor))
+    table.append((torch.Tensor, "type", _cuda_type(torch.Tensor.type)))
+    return table
 
 
 class _Stream:
@@ -283,7 +314,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "empty_cache": None,
         "reset_peak_memory_stats": None,
     }
-    table: list[tuple[Any, str, Any]] = [(cuda, name, _returning(value)) for name, value in constants.items()]
+    table = _device_functions()
+    table += [(cuda, name, _returning(value)) for name, value in constants.items()]
     table += [(cuda, "Stream", _Stream), (cuda, "Event", _Event)]
     table += [(cuda.nvtx, name, _returning(0)) for name in ("range_push", "range_pop")]
     # Modules move in place, so unlike Tensor.cuda this one returns the module it was called on.

@@ -185,6 +185,11 @@ class Stage:
         self._compute.forward_step_func = forward_step_func
         self._compute.data_iterator = data_iterator
 
+    def has_input(self) -> bool:
+        """See :meth:`Executor.has_input`."""
+        assert self._executor is not None
+        return self._executor.has_input()
+
     def run_to_update(self) -> UpdateResult | None:
         """See :meth:`Executor.run_to_update`."""
         assert self._executor is not None

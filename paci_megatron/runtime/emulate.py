@@ -132,6 +132,9 @@ class EmulatedStage(Protocol):
     def active(self) -> AbstractContextManager[None]:
         """Everything the stage does happens inside: its random numbers, its place in the pipeline."""
 
+    def has_input(self) -> bool:
+        """See :meth:`~.executor.Executor.has_input`."""
+
     def run_to_update(self) -> UpdateResult | None:
         """See :meth:`~.executor.Executor.run_to_update`."""
 
@@ -145,7 +148,7 @@ def run_stages_to_update(stages: Sequence[EmulatedStage]) -> list[UpdateResult]:
     results: list[UpdateResult | None] = [None] * len(stages)
     while None in results:
         for index, stage in enumerate(stages):
-            if results[index] is None:
+            if results[index] is None and stage.has_input():
                 with stage.active():
                     results[index] = stage.run_to_update()
     return [result for result in results if result is not None]

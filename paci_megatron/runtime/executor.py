@@ -39,7 +39,7 @@ class Executor:
         self._update = update
         self._weights = weights
         self._meter = meter
-        self._next: Action | None = None  # waits for its input
+        self._next: Action | None = None
         # For who asks where this stage is, from another thread: the last finished action, the one at hand, and since when.
         self.finished: Action | None = None
         self.current: Action | None = None
@@ -63,12 +63,9 @@ class Executor:
         Returns None where the next action's input is not there yet. That happens only between stages in one process; the
         link between processes waits instead.
         """
-        while True:
-            action = self._next if self._next is not None else next(self._plan)
-            self._next = None
-            if not self._link.has_input(action):
-                self._next = action
-                return None
+        while self.has_input():
+            assert self._next is not None
+            action, self._next = self._next, None
             self.current, self.since_s = action, time.monotonic()
             if action.kind is Kind.UPDATE:
                 result = self._apply_update(action.index)
@@ -76,6 +73,13 @@ class Executor:
                 return result
             self._perform[action.kind](action.index)
             self.finished, self.current = action, None
+        return None
+
+    def has_input(self) -> bool:
+        """Whether the next action can be performed now, if need be by waiting."""
+        if self._next is None:
+            self._next = next(self._plan)
+        return self._link.has_input(self._next)
 
     @property
     def updates(self) -> int:

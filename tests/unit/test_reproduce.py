@@ -97,7 +97,7 @@ def test_the_papers_setting() -> None:
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     study = SETS["small"]()
-    with pytest.raises(StudyError, match=r"1000 tokens.*a multiple of 163840"):
+    with pytest.raises(StudyError, match=r"1000 tokens.*a multiple of 40960"):
         dataclasses.replace(study, tokens=1000)
     with pytest.raises(StudyError, match=r"paci-b16-a3: a batch of 16 sequences"):
         dataclasses.replace(study, arms=(Arm("paci", 3, 16),))
