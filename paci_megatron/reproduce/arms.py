@@ -144,9 +144,9 @@ _OPTIMIZER: dict[str, Any] = {
     "weight-decay": 0.1,
     "untie-embeddings-and-output-weights": None,
 }
-# Short updates, to have many: drift costs most while the loss falls fast. The warm-up is a larger share than the paper's 1 %,
-# whose first updates are thousands. Dropout is off: training sees less than one pass, so there is nothing to overfit. Narrow models learn badly from
-# Megatron's default initialisation of 0.02.
+# Short updates, to have many: drift costs most while the loss falls fast. The warm-up is a larger share than the paper's
+# 1 %, which is thousands of updates there. Dropout is off: training sees less than one pass, so there is nothing to overfit.
+# Narrow models learn badly from Megatron's default initialisation of 0.02.
 _SMALL: dict[str, Any] = {
     **_OPTIMIZER,
     "hidden-dropout": 0.0,

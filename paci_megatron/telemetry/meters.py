@@ -100,7 +100,7 @@ class StageMeter:
 
     @property
     def bubbles(self) -> tuple[float, float]:
-        """The least and the most bubble fraction of the last log interval; (1, 0) if none has ended since the last report."""
+        """The least and the most bubble fraction of the last log interval; (1, 0) if none has ended yet."""
         bubble = self._interval_bubble
         return (1.0, 0.0) if bubble is None else (bubble, bubble)
 
