@@ -94,15 +94,13 @@ def _collect(connections: list[Connection], logs: Path, timeout_s: float) -> lis
     results: dict[int, RankResult] = {}
     deadline_s = time.monotonic() + timeout_s
     while len(results) < len(connections):
-        pending = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
-        ready = wait(list(pending), timeout=max(deadline_s - time.monotonic(), 0))
+        pending = [rank for rank in range(len(connections)) if rank not in results]
+        ready = wait([connections[rank] for rank in pending], timeout=max(deadline_s - time.monotonic(), 0))
         if not ready:
-            ranks = sorted(pending.values())
-            raise WorkerError(f"ranks {ranks} did not finish within {timeout_s:.0f} s{_tail(_log(logs, ranks[0]))}")
-        for connection in ready:
-            rank = pending[connection]  # type: ignore[index]
+            raise WorkerError(f"ranks {pending} did not finish within {timeout_s:.0f} s{_tail(_log(logs, pending[0]))}")
+        for rank in (rank for rank in pending if connections[rank] in ready):
             try:
-                result = connection.recv()  # type: ignore[union-attr]
+                result = connections[rank].recv()
             except EOFError:
                 result = None
             if result is None:

@@ -58,7 +58,7 @@ class _Steps:
         # Before the plugin is installed, so that its meters are outside and count the padding as computing. PACI has
         # imported the functions by name.
         for module in (schedules, compute):
-            module.forward_step, module.backward_step = forward, backward  # type: ignore[attr-defined]
+            _replace(module, forward_step=forward, backward_step=backward)
 
     def _around(
         self, original: Callable[..., Any], watch: Stopwatch, pad: Callable[[Callable[[], Any]], Any] | None
@@ -107,7 +107,13 @@ def _record_iterations(job: Job, result: RankResult, steps: _Steps) -> None:
             take(monitor)
         result.ends_s.append(time.monotonic())
 
-    RunMonitor.end_iteration = end_iteration  # type: ignore[method-assign]
+    _replace(RunMonitor, end_iteration=end_iteration)
+
+
+def _replace(owner: object, **replacements: Callable[..., Any]) -> None:
+    """Set these names of a module or class, for the rest of the process."""
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
 
 
 def _suppress_records() -> None:
@@ -121,8 +127,7 @@ def _suppress_records() -> None:
     def send(link: P2PLink, record: Record) -> None:
         pass
 
-    P2PLink.receive_report = P2PLink.receive_total = receive  # type: ignore[method-assign]
-    P2PLink.send_report = P2PLink.send_total = send  # type: ignore[method-assign]
+    _replace(P2PLink, receive_report=receive, receive_total=receive, send_report=send, send_total=send)
 
 
 @contextlib.contextmanager
@@ -164,7 +169,7 @@ def _measured_memory(result: RankResult) -> Iterator[None]:
                 torch.accelerator.reset_peak_memory_stats()
         begin_iteration(monitor)
 
-    RunMonitor.begin_iteration = weights_noted  # type: ignore[method-assign]
+    _replace(RunMonitor, begin_iteration=weights_noted)
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         yield
     if torch.accelerator.is_available():
