@@ -23,16 +23,18 @@ import paci_megatron
 _PROGRAM_START = time.time()
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, Any]:
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None = None) -> dict[str, Any]:
     """The next micro-batch on this rank: tokens, labels, loss_mask, position_ids, each (micro-batch size, sequence),
-    and attention_mask. The first stage has no labels, the last no tokens, and those between have nothing.
+    and attention_mask. The first stage has no labels, the last no tokens, and those between have nothing. ``vp_stage`` is
+    the model chunk under Megatron's interleaved schedule, where only the first stage's first and the last one's last count.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
 
     names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     if not (first or last):
         return dict.fromkeys(names)
     args = get_args()
@@ -90,7 +92,9 @@ def loss_func(
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """This stage's forward of one micro-batch, and the function that turns the last stage's output into a loss."""
-    batch = get_batch(data_iterator)
+    from megatron.core.utils import get_attr_wrapped_model
+
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -1,0 +1,1 @@
+"""Measures the throughput of schedules on real processes; see ``tools/benchmark_throughput.py``."""
