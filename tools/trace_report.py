@@ -118,8 +118,8 @@ class TraceReport:
         n, a = self.stretch.num_stages, self.stretch.microbatches_per_update
         where = " that took turns in one process" if self.stretch.is_emulated else ""
         return (
-            f"{self.folder}: {self.stretch.schedule}, {n} stages{where}, {a} micro-batches per update, iterations {self.first} to "
-            f"{self.last}, times of one iteration"
+            f"{self.folder}: {self.stretch.schedule}, {n} stages{where}, {a} micro-batches per update, iterations "
+            f"{self.first} to {self.last}, times of one iteration"
         )
 
     def balance(self, num_stages: int | None, updates: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from paci_megatron.runtime.device import DeviceClock, Moment
 
 from .trace_file import EMBEDDING, INPUT, LOSS, OUTPUT, layer_part, trace_path
 
-_BATCH = 256  # actions that are written together
+_BATCH = 128  # actions that are written together
 
 
 @dataclass(slots=True)
@@ -48,7 +48,9 @@ class StageTrace:
     """
 
     def __init__(self, folder: str | Path, device: torch.device, stage_index: int, num_stages: int, **run: Any) -> None:
-        """``run`` is what else a plan's event says. Appends to the stage's file in ``folder``, which is made; ``OSError`` if that cannot be done."""
+        """Appends to the stage's file in ``folder``, which is made; ``OSError`` if that cannot be done. ``run`` is what else
+        the event of a plan says.
+        """
         self._stage_index = stage_index
         self._num_stages = num_stages
         self._run = run
@@ -103,9 +105,10 @@ class StageTrace:
         self._pending.append(self._at)
         self._iteration += self._at.action.kind is Kind.UPDATE
         self._at = None
-        # The newest half may not have passed on a GPU, which the host runs ahead of.
-        if len(self._pending) % _BATCH == 0 and self._clock.has_passed(self._pending[_BATCH // 2].end):
-            self._write_down(_BATCH // 2)
+        if len(self._pending) % _BATCH == 0:
+            # The newest may not have passed on a GPU, which the host runs ahead of.
+            while len(self._pending) > _BATCH and self._clock.has_passed(self._pending[_BATCH - 1].end):
+                self._write_down(_BATCH)
 
     @contextmanager
     def performing(self, action: Action) -> Iterator[None]:

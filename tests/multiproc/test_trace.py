@@ -13,6 +13,7 @@ from paci_megatron.plan.actions import TRANSFER_KINDS
 from paci_megatron.plan.records import with_records
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace_file import EMBEDDING, LOSS, Stretch, layer_part, read_trace, trace_path
+from paci_megatron.telemetry.trace_layers import layer_counts
 
 from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated
 
@@ -120,3 +121,15 @@ def test_a_resumed_run_appends_behind_what_a_kill_has_left(pool: GetPool, corpus
     assert_is_the_plan(read_trace(folder), 2, 2)
     events = [event["event"] for event in read_metrics(trace_path(folder, 1))]
     assert (events.count("plan"), events.count("drain")) == (2, 2)
+
+
+def test_the_layers_of_a_layout_with_a_stage_of_loss_only(corpus: str, one_process: OneProcess, tmp_path: Path) -> None:
+    """What ``tools/plan_schedule.py --balance`` may ask for: a large vocabulary's loss as a stage of its own."""
+    layout = ["--pipeline-model-parallel-layout", "Et*3|t|L"]
+    argv = [*emulated(arguments(corpus, 3, 3, iters=ITERATIONS)), *DRAINED, *layout]
+    traced = one_process([*argv, "--paci-trace-dir", str(tmp_path)])
+    trace = read_trace(tmp_path)
+    assert_is_the_plan(trace, 3, 3)
+    assert [layer_counts(stretch) for stretch in trace] == [[4, 1, 1]] * 2
+    assert_layers_add_up(trace[0], num_layers=4)
+    assert traced.losses == one_process(argv).losses
