@@ -13,6 +13,7 @@ import torch
 
 from paci_megatron.plan import Action, Kind, paci
 from paci_megatron.plan.simulate import Costs, Simulation, StageCosts, simulate
+from paci_megatron.runtime.device import DeviceClock
 from paci_megatron.telemetry import trace as tracing
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace import StageTrace
@@ -150,16 +151,13 @@ def test_balance_from_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert text.count("--pipeline-model-parallel-layout '") == 2 and text.count("|") == 2 + 3
 
 
-def test_golden_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
+def test_golden_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, simulated(), monkeypatch)
-    report = run_tool(f"--trace {tmp_path} --schedules paci --updates 10 --timeline {tmp_path / 'shown.txt'}", capsys)
-    shown = report.replace(str(tmp_path), "TRACE") + (tmp_path / "shown.txt").read_text(encoding="utf-8")
-    if not GOLDEN.exists():
-        GOLDEN.write_text(shown, encoding="utf-8")
-    command = f"rm {GOLDEN.relative_to(ROOT)}; .venv/bin/python -m pytest {request.node.nodeid}"
-    assert shown == GOLDEN.read_text(encoding="utf-8"), f"if this is right now: {command}"
+    picture, shown = tmp_path / "picture.txt", tmp_path / "shown.txt"
+    report = run_tool(f"--trace {tmp_path} --schedules paci --updates 10 --timeline {picture}", capsys)
+    shown.write_text(report.replace(str(tmp_path), "TRACE") + picture.read_text(encoding="utf-8"), encoding="utf-8")
+    command = f"cp {shown} {GOLDEN.relative_to(ROOT)}"
+    assert shown.read_text(encoding="utf-8") == GOLDEN.read_text(encoding="utf-8"), f"if this is right now: {command}"
 
 
 @pytest.mark.parametrize("ending", timelines.ENDINGS)
@@ -180,6 +178,17 @@ def test_measured_and_simulated_in_every_kind_of_file(
         assert b"waiting for a neighbour" in content and b"<table>" in content and b"ms of waiting for B" in content
     if ending == ".json":
         assert any(event["name"].startswith("wait B") for event in json.loads(content)["traceEvents"])
+
+
+@pytest.mark.gpu
+def test_moments_on_a_gpu_pass_when_the_device_comes_to_them() -> None:
+    clock = DeviceClock(torch.device("cuda"))
+    begin = clock.now()
+    torch.cuda._sleep(1 << 28)
+    end = clock.now()
+    assert not clock.has_passed(end)
+    clock.wait_for(end)
+    assert clock.has_passed(begin) and clock.has_passed(end) and clock.seconds(begin, end) > 0
 
 
 def test_nothing_is_read_before_the_device_has_passed_it(tmp_path: Path) -> None:
