@@ -65,6 +65,14 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Append one JSON object a line to this file, for each log interval, evaluation and drain: losses, "
         "perplexities, tokens, seconds, drift, bubble. Works with either schedule.",
     )
+    group.add_argument(
+        "--paci-trace-dir",
+        default=None,
+        metavar="DIR",
+        help="Write down for each stage, in a file of its own in this folder, when it did each action of its plan: "
+        "computing, waiting and transfers apart, and the computing of each layer. tools/plan_schedule.py --trace draws it. "
+        "Works with either schedule.",
+    )
     _add_safety_arguments(group)
     return parser
 

@@ -245,6 +245,29 @@ def check_options(args: argparse.Namespace) -> None:
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
             "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
         )
+    if args.paci_trace_dir is not None:
+        _check_trace(args)
+
+
+def _check_trace(args: argparse.Namespace) -> None:
+    """``ConfigError`` if a stage has several model chunks, which a trace does not tell apart."""
+    for attribute in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        value = getattr(args, attribute, None)
+        if value is not None:
+            raise ConfigError(
+                f"--paci-trace-dir {args.paci_trace_dir} with --{attribute.replace('_', '-')} {value}: a trace knows one "
+                "model chunk a stage. Remove one of the two."
+            )
+    num_stages, text = args.paci_emulate_stages or args.pipeline_model_parallel_size, args.pipeline_model_parallel_layout
+    if text is not None:
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        chunks = PipelineParallelLayerLayout.get_num_stages_from_str(text)
+        if chunks > num_stages:
+            raise ConfigError(
+                f"--paci-trace-dir {args.paci_trace_dir} with --pipeline-model-parallel-layout {text}: {chunks} model "
+                f"chunks on {num_stages} stages, and a trace knows one a stage. Remove one of the two."
+            )
 
 
 def check_emulation(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from paci_megatron.plan.simulate import Costs, StageCosts
@@ -30,6 +31,7 @@ def add_costs_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one micro-batch, for all stages or one each; WEIGHT is the part of BACKWARD that computes weight gradients",
     )
     costs.add_argument("--metrics", type=Path, metavar="RUN.jsonl", help="take the stages' times from a run's metrics file")
+    costs.add_argument("--trace", type=Path, metavar="DIR", help="take the stages' times from a run's --paci-trace-dir")
     costs.add_argument("--run-microbatches-per-update", type=int, metavar="A", help="what that run was made with")
     costs.add_argument("--update-ms", type=float, default=0, help="the optimizer step of a stage (default: 0)")
     costs.add_argument("--latency-ms", type=float, default=0, help="of a transfer between neighbours (default: 0)")
@@ -39,8 +41,8 @@ def add_costs_arguments(parser: argparse.ArgumentParser) -> None:
     costs.add_argument("--seed", type=int, default=0, help="of the jitter (default: 0)")
 
 
-def read_costs(options: argparse.Namespace) -> Costs:
-    """The costs that the options describe."""
+def read_costs(options: argparse.Namespace, traced: tuple[StageCosts, ...] = ()) -> Costs:
+    """The costs that the options describe. ``traced`` are the stages of ``--trace``."""
     for name in ("update_ms", "latency_ms", "transfer_bytes"):
         value = getattr(options, name)
         require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value:g}: give a number of at least 0")
@@ -51,7 +53,7 @@ def read_costs(options: argparse.Namespace) -> Costs:
     )
     require(0 <= options.jitter < 1, f"--jitter {options.jitter:g}: give a share of the time, from 0 to below 1")
     return Costs(
-        _stages(options),
+        _stages(options, traced),
         latency_s=options.latency_ms / 1000,
         message_bytes=options.transfer_bytes,
         bandwidth_bytes_per_s=math.inf if bandwidth is None else bandwidth * 1e9,
@@ -95,11 +97,16 @@ def measured_stages(path: Path, microbatches_per_update: int, update_ms: float) 
     return costs
 
 
-def _stages(options: argparse.Namespace) -> tuple[StageCosts, ...]:
-    """The stages' costs from --stage-ms or --metrics, as many as --num-stages says."""
-    given = (options.stage_ms is not None) + (options.metrics is not None)
-    require(given == 1, "--stage-ms and --metrics: give exactly one, it says what the stages take")
-    if options.metrics is not None:
+def _stages(options: argparse.Namespace, traced: tuple[StageCosts, ...]) -> tuple[StageCosts, ...]:
+    """The stages' costs from --stage-ms, --metrics or --trace, as many as --num-stages says."""
+    sources = [name for name in ("stage_ms", "metrics", "trace") if getattr(options, name) is not None]
+    require(len(sources) == 1, "--stage-ms, --metrics and --trace: give exactly one, it says what the stages take")
+    stages: Sequence[StageCosts]
+    if options.trace is not None:
+        given = f"--update-ms {options.update_ms:g}: --trace has the time of an update; leave it out"
+        require(options.update_ms == 0, given)
+        stages = traced
+    elif options.metrics is not None:
         a, planned = options.run_microbatches_per_update, options.microbatches_per_update
         several = (
             "--metrics with several --microbatches-per-update: say with --run-microbatches-per-update which the run had"
@@ -113,8 +120,8 @@ def _stages(options: argparse.Namespace) -> tuple[StageCosts, ...]:
     n = len(stages) if options.num_stages is None else options.num_stages
     require(n >= 1, f"--num-stages {n}: give at least 1")
     if len(stages) == 1:
-        stages *= n
-    source = "--metrics" if options.metrics else "--stage-ms"
+        stages = [stages[0]] * n
+    source = f"--{sources[0].replace('_', '-')}"
     require(
         len(stages) == n, f"--num-stages {n}: {source} has {len(stages)} stages; give the times of {n}, or of one for all"
     )

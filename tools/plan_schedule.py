@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # A checkout that is not installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paci_megatron.plan import peers
 from paci_megatron.plan.advice import Outcome, Scenario, advise, smallest_a
-from paci_megatron.plan.export import COLOURS, LABELS, to_chrome_trace, to_csv, to_html
 from paci_megatron.plan.peers import Schedule, find_schedule
-from paci_megatron.plan.render import Timelines, render_timelines
 from paci_megatron.plan.schedules import speedup_limit
+from paci_megatron.plan.simulate import Costs
 from tools import schedule_study
 from tools.pipeline_costs import add_costs_arguments, describe, read_costs, require
+from tools.timelines import ENDINGS, check_ending, write_timelines
+from tools.trace_report import TraceReport, describe_balance
 
 DESCRIPTION = (
     "Simulates a pipeline under PACI and the other schedules: speed, bubble, memory, drift, and whether PACI helps."
@@ -33,13 +34,14 @@ examples:
   plan_schedule.py --num-stages 4 --microbatches-per-update 8 --stage-ms 90:180 100:200 100:200 130:260 --latency-ms 5
   plan_schedule.py --metrics runs/metrics.jsonl --run-microbatches-per-update 8 --microbatches-per-update 8 16
   plan_schedule.py --num-stages 4 --microbatches-per-update 4 --stage-ms 100:200 --timeline schedules.html
+  plan_schedule.py --trace runs/trace --timeline where_the_time_went.html
+  plan_schedule.py --trace runs/trace --balance
   plan_schedule.py --study
 
 A backward includes its weight gradients, half of it where --stage-ms does not say. Activations are counted in those of one
 micro-batch on one stage. The bubble is the mean over the stages, from drain to drain.
 """
 
-TIMELINES = (".txt", ".csv", ".json", ".html", ".png")
 GIB = 2**30
 
 
@@ -59,15 +61,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     size = parser.add_argument_group("pipeline")
-    size.add_argument("--num-stages", type=int, metavar="N", help="default: as many as --stage-ms or --metrics has")
-    size.add_argument("--microbatches-per-update", type=int, nargs="+", metavar="A", help="one table for each")
+    size.add_argument("--num-stages", type=int, metavar="N", help="default: as many as --stage-ms, --metrics or --trace has")
+    size.add_argument(
+        "--microbatches-per-update", type=int, nargs="+", metavar="A", help="one table for each (default: that of --trace)"
+    )
     size.add_argument("--updates", type=int, default=100, help="updates between two drains (default: 100)")
     add_costs_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--activation-bytes", type=float, help="what a stage keeps of one micro-batch, to show GiB")
     output.add_argument("--schedules", nargs="+", metavar="NAME", help=f"which to compare: {peers.NAMES}")
-    output.add_argument("--timeline", type=Path, metavar="FILE", help=f"picture of the schedules: {', '.join(TIMELINES)}")
+    output.add_argument(
+        "--timeline", type=Path, metavar="FILE", help=f"picture of the schedules, or of --trace: {', '.join(ENDINGS)}"
+    )
     output.add_argument("--timeline-updates", type=int, default=3, help="updates in the picture (default: 3)")
+    output.add_argument(
+        "--trace-iterations", metavar="FROM:TO", help="of --trace (default: the longest stretch without drain)"
+    )
+    output.add_argument(
+        "--balance", action="store_true", help="print the layout that balances the stages of --trace instead"
+    )
     output.add_argument("--json", action="store_true", help="print JSON instead of tables")
     output.add_argument(
         "--study",
@@ -95,6 +107,16 @@ def _choose(names: Sequence[str] | None, scenario: Scenario) -> list[Schedule]:
     return schedules
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for title, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([title.ljust(widths[0]), *right]))
+    return lines
+
+
 def table(outcomes: Sequence[Outcome], activation_bytes: float | None = None) -> str:
     """The outcomes for people, a line each; activations are those of the stage that holds most."""
     columns = ("micro-batches/s", "vs flush", "bubble", "activations", "extra weights", "max drift", "mean drift")
@@ -114,51 +136,11 @@ def table(outcomes: Sequence[Outcome], activation_bytes: float | None = None) ->
                 f"{fmean(outcome.mean_drift):.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for title, *cells in rows:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([title.ljust(widths[0]), *right]))
+    lines = _aligned(rows)
     late = [f"{o.title} {o.updates_late}" for o in outcomes if o.updates_late]
     if late:
         lines.append(f"Updates that gradients may be late, with older weights kept: {', '.join(late)}.")
     return "\n".join(lines)
-
-
-def write_timeline(path: Path, scenario: Scenario, schedules: Sequence[Schedule]) -> None:
-    """Draw the schedules as the kind of file that the name of ``path`` says."""
-    timelines = {s.title: [run.spans for run in scenario.simulate(s, record=True).stages] for s in schedules}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        _plot(path, timelines)
-        return
-    writers = {".txt": render_timelines, ".csv": to_csv, ".json": to_chrome_trace, ".html": to_html}
-    path.write_text(writers[path.suffix](timelines).rstrip("\n") + "\n", encoding="utf-8")
-
-
-def _plot(path: Path, timelines: Timelines) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Patch
-
-    num_stages = len(next(iter(timelines.values())))
-    size = (12, 0.8 + len(timelines) * (0.5 + 0.16 * num_stages))
-    figure, rows = pyplot.subplots(len(timelines), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for axes, (title, stages) in zip(rows[:, 0], timelines.items(), strict=True):
-        for stage, spans in enumerate(stages):
-            bars = [(span.start_s * 1000, (span.end_s - span.start_s) * 1000) for span in spans]
-            colours = [COLOURS[span.action.kind] for span in spans]
-            axes.broken_barh(bars, (stage - 0.45, 0.9), facecolors=colours, edgecolor="white", linewidth=0.3)
-        axes.set(title=title, ylabel="stage", ylim=(num_stages - 0.5, -0.5))
-        axes.locator_params(axis="y", integer=True)
-    rows[-1, 0].set_xlabel("time (ms)")
-    used = {span.action.kind for stages in timelines.values() for spans in stages for span in spans}
-    handles = [Patch(color=COLOURS[kind], label=LABELS[kind]) for kind in COLOURS if kind in used]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -169,42 +151,59 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} {value}: give at least 1")
     if options.timeline is not None:
-        suffix = options.timeline.suffix
-        require(
-            suffix in TIMELINES, f"--timeline {options.timeline}: {suffix or 'no ending'}; choose {', '.join(TIMELINES)}"
-        )
-        several = len(options.microbatches_per_update) > 1
+        check_ending(options.timeline)
+        several = len(options.microbatches_per_update) > 1 and options.trace is None
         require(not several, "--timeline draws one number of micro-batches; give one --microbatches-per-update")
 
 
 def plan(options: argparse.Namespace) -> None:
     """Print what the command line asks for."""
+    for name in ("balance", "trace_iterations"):
+        needs_trace = f"--{name.replace('_', '-')} needs --trace DIR, the folder of a run's --paci-trace-dir"
+        require(options.trace is not None or not getattr(options, name), needs_trace)
+    trace = TraceReport(options) if options.trace is not None else None
+    if trace is not None and not options.microbatches_per_update:
+        options.microbatches_per_update = [trace.stretch.microbatches_per_update]
     _check(options)
-    costs = read_costs(options)
-    n = len(costs.stages)
-    results = []
-    for a in options.microbatches_per_update:
-        scenario = Scenario(a, options.updates, costs)
-        schedules = _choose(options.schedules, scenario)
-        outcomes = [scenario.outcome(schedule) for schedule in schedules]
-        advice = advise(scenario, outcomes)
-        results.append(
-            {
-                "microbatches_per_update": a,
-                "speedup_limit": speedup_limit(n, a),
-                "schedules": [asdict(outcome) for outcome in outcomes],
-                "advice": advice,
-            }
-        )
+    if trace is not None and options.balance:
+        found = trace.balance(options.num_stages, options.updates)
+        print(json.dumps(found, indent=2) if options.json else describe_balance(found))
+        return
+    costs = read_costs(options, trace.costs if trace is not None else ())
+    report: dict[str, Any] = {"num_stages": len(costs.stages), "smallest_a_for_drift_1": smallest_a(len(costs.stages))}
+    if trace is not None:
+        report["trace"] = {"iterations": [trace.first, trace.last], "stages": trace.figures(costs)}
         if not options.json:
-            print(f"{n} stages, {a} micro-batches per update, a drain every {options.updates} updates")
-            print(f"{describe(costs)}\n\n{table(outcomes, options.activation_bytes)}\n")
-            print("\n".join(advice) + "\n")
+            print("\n".join([trace.title(), "", *_aligned(trace.table(costs)), ""]))
         if options.timeline is not None:
-            write_timeline(options.timeline, replace(scenario, updates=options.timeline_updates), schedules)
-            print(f"written: {options.timeline}", file=sys.stderr)
+            shown = trace.draw(options.timeline, costs, None if options.trace_iterations else options.timeline_updates)
+            print(f"written: {options.timeline}, {shown}", file=sys.stderr)
+    report["plans"] = [_plan_for(a, costs, options) for a in options.microbatches_per_update]
     if options.json:
-        print(json.dumps({"num_stages": n, "smallest_a_for_drift_1": smallest_a(n), "plans": results}, indent=2))
+        print(json.dumps(report, indent=2))
+
+
+def _plan_for(a: int, costs: Costs, options: argparse.Namespace) -> dict[str, Any]:
+    """What the schedules give with ``a`` micro-batches per update. Printed, unless it is to be JSON, and drawn."""
+    n = len(costs.stages)
+    scenario = Scenario(a, options.updates, costs)
+    schedules = _choose(options.schedules, scenario)
+    outcomes = [scenario.outcome(schedule) for schedule in schedules]
+    advice = advise(scenario, outcomes)
+    if not options.json:
+        print(f"{n} stages, {a} micro-batches per update, a drain every {options.updates} updates")
+        print(f"{describe(costs)}\n\n{table(outcomes, options.activation_bytes)}\n")
+        print("\n".join(advice) + "\n")
+    if options.timeline is not None and options.trace is None:
+        drawn = replace(scenario, updates=options.timeline_updates)
+        write_timelines(options.timeline, {s.title: [r.spans for r in drawn.simulate(s, True).stages] for s in schedules})
+        print(f"written: {options.timeline}", file=sys.stderr)
+    return {
+        "microbatches_per_update": a,
+        "speedup_limit": speedup_limit(n, a),
+        "schedules": [asdict(outcome) for outcome in outcomes],
+        "advice": advice,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from paci_megatron.runtime.control import Record
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import context as contexts
-from . import cpu, emulation
+from . import cpu, emulation, tracing
 from . import monitor as monitors
 from .boundaries import Boundaries, MicrobatchForecast
 from .capabilities import adapt_to_installed, check_installed
@@ -39,6 +39,7 @@ def reset() -> None:
     """Forget the run in progress."""
     monitors.set_current(None)
     contexts.set_current(None)
+    tracing.set_current(None)
 
 
 def _emulates() -> bool:
@@ -139,8 +140,11 @@ def model_set_up(original: Function) -> Function:
         if args.pipeline_schedule == "paci":
             config = PaciConfig.from_args(args)
             _begin_plans(args, [contexts.distributed_stage(config, args, model[0], optimizer, scheduler, meter)])
-        elif args.paci_metrics_file:
-            _begin_monitor(args, [meter])
+        elif args.paci_metrics_file or args.paci_trace_dir:
+            boundaries = _begin_monitor(args, [meter])
+            trace = tracing.stage_trace(args, model[0], pipeline.rank(), pipeline.size())
+            if trace is not None:
+                tracing.set_current(tracing.FlushTrace(trace, boundaries))
         return model, optimizer, scheduler
 
     return setup_model_and_optimizer
@@ -164,6 +168,8 @@ def _begin_plans(args: Any, stages: list[Stage]) -> None:
     contexts.set_current(context)
     if args.num_experts is not None:
         set_moe_metrics_tracker(DrainedMoEMetrics(context.is_drained))
+    for stage in stages:
+        stage.trace = tracing.stage_trace(args, stage.model, stage.stage_index, context.config.num_stages)
     for line in context.describe(get_num_microbatches()):
         _print_first_rank(args, line)
     # The log line's time is then that of the stage which prints it; a barrier over all would stop the pipeline.

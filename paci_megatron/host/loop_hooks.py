@@ -14,6 +14,7 @@ from paci_megatron.runtime.control import Record
 
 from . import context as contexts
 from . import monitor as monitors
+from . import tracing
 from .train_step import train_step
 
 Function = Callable[..., Any]
@@ -48,10 +49,15 @@ def train_step_chosen(original: Function) -> Function:
         if monitor is None:
             return step(*positional, iteration=iteration, **named)
         monitor.begin_iteration()
+        flush_trace = tracing.current()
+        if flush_trace is not None:
+            flush_trace.begin_iteration(iteration)
         result = step(*positional, iteration=iteration, **named)
         if not contexts.runs_plans():  # the executor counts its own updates
             for meter in monitor.meters:
                 meter.count_update(successful=not result[1])
+        if flush_trace is not None:
+            flush_trace.end_iteration(iteration + 1)
         context = contexts.current()
         if context is not None:
             totals = context.take_totals()
@@ -64,14 +70,16 @@ def train_step_chosen(original: Function) -> Function:
 
 
 def metered(original: Function) -> Function:
-    """Count the time inside as the stage's computing, for the measured bubble of Megatron's own schedule."""
+    """Count the time inside as the stage's computing, for the measured bubble and the trace of Megatron's own schedule."""
 
     @functools.wraps(original)
     def metered_function(*positional: Any, **named: Any) -> Any:
         monitor = monitors.current()
         if monitor is None or contexts.runs_plans():  # the executor meters itself
             return original(*positional, **named)
-        with monitor.meters[0].computing():
+        flush_trace = tracing.current()
+        traced = flush_trace.performing(original.__name__) if flush_trace is not None else contextlib.nullcontext()
+        with monitor.meters[0].computing(), traced:
             return original(*positional, **named)
 
     return metered_function

@@ -27,6 +27,7 @@ from paci_megatron.runtime.tied_embeddings import TensorExchange, TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate, UpdateResult
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
+from paci_megatron.telemetry.trace import StageTrace
 
 from .requests import SpikeDetector
 
@@ -78,6 +79,7 @@ class Stage:
         self.scheduler = scheduler
         self.groups = groups
         self.meter = meter
+        self.trace: StageTrace | None = None
         self.active = active
         self._config = config
         self._wiring = wiring
@@ -131,7 +133,10 @@ class Stage:
             tied=self._tied_embedding(lag),
         )
         weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
-        self._executor = Executor(self._plan(index, a, is_drain), self._compute, link, update, weights, self.meter)
+        plan = self._plan(index, a, is_drain)
+        self._executor = Executor(plan, self._compute, link, update, weights, self.meter, self.trace)
+        if self.trace is not None:
+            self.trace.begin_plan(a, iteration)
 
     def _plan(self, index: int, a: int, is_drain: IsDrain) -> Iterator[Action]:
         """The actions of the stage at ``index``."""
@@ -265,6 +270,8 @@ class Stage:
         assert self._control is not None
         self._executor.finish()
         self._executor = None
+        if self.trace is not None:
+            self.trace.end_plan()
         self.last_total = self._control.last_total
 
     def _finalize(self) -> None:

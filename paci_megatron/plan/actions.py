@@ -35,6 +35,9 @@ class Kind(StrEnum):
 COMPUTE_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.UPDATE)
 """What a stage computes; the other kinds move things."""
 
+TRANSFER_KINDS = (Kind.RECV_FORWARD, Kind.SEND_FORWARD, Kind.RECV_BACKWARD, Kind.SEND_BACKWARD, Kind.TOTAL)
+"""What a stage does without computing anything. A REPORT is neither: it sums gradients up before it sends the sum."""
+
 _TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWURT])(\d+)(?:\.([1-9]\d*))?")
 
 

@@ -28,13 +28,17 @@ def render_plans(plans: Sequence[Sequence[Action]], max_columns: int = 40) -> st
     return "\n".join(rows)
 
 
-def render_timelines(timelines: Timelines, max_columns: int = 100) -> str:
-    """Each schedule's grid under its title; a column is as long as the shortest action, ``=`` continues an action."""
-    durations_s = [s.end_s - s.start_s for stages in timelines.values() for spans in stages for s in spans]
-    slot_s = min((duration_s for duration_s in durations_s if duration_s > 0), default=1)
+def render_timelines(timelines: Timelines, max_columns: int = 100, slot_s: float | None = None) -> str:
+    """Each schedule's grid under its title; ``=`` continues an action, ``-`` is waiting for a neighbour, ``.`` idle.
+
+    A column is ``slot_s``, or as long as the shortest action.
+    """
+    if slot_s is None:
+        durations_s = [s.end_s - s.start_s for stages in timelines.values() for spans in stages for s in spans]
+        slot_s = min((duration_s for duration_s in durations_s if duration_s > 0), default=1)
     parts = []
     for title, stages in timelines.items():
-        parts.append(f"{title}, {slot_s * 1000:g} ms a column")
+        parts.append(f"{title}, {slot_s * 1000:.6g} ms a column")
         parts += _rows(stages, slot_s, max_columns)
     return "\n".join(parts)
 
@@ -51,8 +55,11 @@ def _rows(stages: Sequence[Sequence[Span]], slot_s: float, max_columns: int) -> 
         for slot in range(min(slots, max_columns)):
             at_s = (slot + 0.5) * slot_s
             i = bisect_right(starts_s, at_s) - 1
-            idle = i < 0 or spans[i].end_s <= at_s
-            cells.append("." if idle else "=" if i == previous else str(spans[i].action))
+            if i < 0 or spans[i].end_s <= at_s:
+                waits = i + 1 < len(spans) and at_s >= spans[i + 1].start_s - spans[i + 1].waiting_s
+                cells.append("-" if waits else ".")
+            else:
+                cells.append("=" if i == previous else str(spans[i].action))
             previous = i
         rows.append(f"stage {stage:>2}: {' '.join(cell.ljust(width) for cell in cells)}".rstrip())
     return rows

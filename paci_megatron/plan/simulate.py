@@ -71,11 +71,13 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An action with its start and end, in seconds since the start of the simulation."""
+    """An action with its start and end, in seconds since the start of the simulation or measurement. ``waiting_s`` is how
+    long the stage has waited for its input just before, where that was measured."""
 
     action: Action
     start_s: float
     end_s: float
+    waiting_s: float = 0
 
 
 class _Mark(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -51,3 +52,39 @@ class Stopwatch:
             self.so_far_s()
         taken, self._seconds = self._seconds, 0.0
         return taken
+
+
+Moment = Any
+"""A moment that :class:`DeviceClock` has marked."""
+
+
+class DeviceClock:
+    """Marks moments as the stage's device sees them, without waiting for it.
+
+    On a GPU a moment is a CUDA event in the current stream, whose time is known once the device has come to it; on a CPU
+    it is a reading of the monotonic clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> Moment:
+        """This moment."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def has_passed(self, moment: Moment) -> bool:
+        """Whether the device has come to ``moment``, and with it to all earlier ones."""
+        return not self._on_gpu or bool(moment.query())
+
+    def wait_for(self, moment: Moment) -> None:
+        """Wait until the device has come to ``moment``."""
+        if self._on_gpu:
+            moment.synchronize()
+
+    def seconds(self, since: Moment, until: Moment) -> float:
+        """From one passed moment to a later one. On a GPU exact to a microsecond while they are seconds apart."""
+        return float(since.elapsed_time(until) / 1000 if self._on_gpu else until - since)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,29 @@ from .links import StageLink
 from .state import InFlight, PipelineState
 from .update import StageUpdate, UpdateResult
 from .weights import WeightVersions
+
+
+class Listener(Protocol):
+    """Is told what the executor does, as it does it."""
+
+    def begin(self, action: Action) -> None:
+        """``action`` begins, with the wait for its input if it needs one."""
+
+    def received(self) -> None:
+        """The wait for the action's input is over. Told of FORWARD, BACKWARD and REPORT."""
+
+    def end(self) -> None:
+        """The action is done."""
+
+
+class _Nobody:
+    """Listens to nothing."""
+
+    def begin(self, action: Action) -> None: ...
+
+    def received(self) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Executor:
@@ -31,6 +55,7 @@ class Executor:
         update: StageUpdate,
         weights: WeightVersions,
         meter: StageMeter,
+        listener: Listener | None = None,
     ) -> None:
         self.state = PipelineState()
         self._plan = plan
@@ -39,6 +64,7 @@ class Executor:
         self._update = update
         self._weights = weights
         self._meter = meter
+        self._listener = listener if listener is not None else _Nobody()
         self._next: Action | None = None
         # For who asks where this stage is, from another thread: the last finished action, the one at hand, and since when.
         self.finished: Action | None = None
@@ -67,12 +93,14 @@ class Executor:
             assert self._next is not None
             action, self._next = self._next, None
             self.current, self.since_s = action, time.monotonic()
-            if action.kind is Kind.UPDATE:
-                result = self._apply_update(action.index)
-                self.finished, self.current = action, None
-                return result
-            self._perform[action.kind](action.index)
+            self._listener.begin(action)
+            result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
+            if result is None:
+                self._perform[action.kind](action.index)
+            self._listener.end()
             self.finished, self.current = action, None
+            if result is not None:
+                return result
         return None
 
     def has_input(self) -> bool:
@@ -95,6 +123,7 @@ class Executor:
 
     def _forward(self, microbatch: int) -> None:
         input_tensor = self._link.receive_forward(microbatch)
+        self._listener.received()
         version = self._weights.for_forward(microbatch)
         with self._meter.computing(), self._weights.in_place(version):
             output_tensor = self._compute.forward(microbatch, input_tensor)
@@ -110,6 +139,7 @@ class Executor:
 
     def _backward(self, microbatch: int) -> None:
         output_gradient = self._link.receive_backward(microbatch)
+        self._listener.received()
         entry = self.state.pop(microbatch)
         version = self._weights.for_backward(entry)
         self._meter.count_backward(drift=version - entry.forward_version)
@@ -123,6 +153,7 @@ class Executor:
 
     def _report(self, update: int) -> None:
         self._update.receive_report()
+        self._listener.received()
         with self._meter.computing():
             self._update.report(update)
 

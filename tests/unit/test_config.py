@@ -35,6 +35,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_emulate_stages": None,
         "paci_weight_policy": "latest",
         "paci_extra_in_flight": 0,
+        "paci_trace_dir": None,
         "global_batch_size": 16,
         "micro_batch_size": 2,
         "data_parallel_size": 2,
@@ -167,3 +168,35 @@ def test_a_weight_policy_needs_the_schedule() -> None:
     check_options(namespace(pipeline_schedule="1f1b"))
     with pytest.raises(ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"):
         check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_virtual_stages_per_pipeline_rank": 2},
+            r"--paci-trace-dir runs/trace with --num-virtual-stages-per-pipeline-rank 2: .*one model chunk a stage",
+        ),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 1},
+            r"--paci-trace-dir runs/trace with --num-layers-per-virtual-pipeline-stage 1: .* Remove one of the two",
+        ),
+        (
+            {"pipeline_model_parallel_layout": "E|t|t|t|t|t|t|ttL"},
+            r"layout E\|t.*: 8 model chunks on 4 stages, and a trace knows one a stage. Remove one of the two",
+        ),
+    ],
+)
+def test_a_trace_of_several_chunks_a_stage_is_refused(changes: dict[str, Any], message: str) -> None:
+    options = namespace(**{"pipeline_schedule": "1f1b", "paci_trace_dir": "runs/trace", **changes})
+    with pytest.raises(ConfigError, match=message):
+        check_options(options)
+    options.paci_trace_dir = None
+    check_options(options)
+
+
+def test_a_trace_works_with_either_schedule_and_emulated() -> None:
+    for schedule in ("1f1b", "paci"):
+        check_options(namespace(pipeline_schedule=schedule, paci_trace_dir="x", pipeline_model_parallel_layout="Et|t|t|tL"))
+    emulated = {"paci_emulate_stages": 4, "pipeline_model_parallel_size": 1, "pipeline_model_parallel_layout": "Et|t|t|tL"}
+    check_options(namespace(**{"paci_trace_dir": "x", **emulated}))

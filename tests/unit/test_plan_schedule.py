@@ -16,7 +16,7 @@ from paci_megatron.plan.advice import Scenario, advise, smallest_a
 from paci_megatron.plan.peers import find_schedule
 from paci_megatron.plan.schedules import max_drift
 from paci_megatron.plan.simulate import Costs, StageCosts
-from tools import plan_schedule, schedule_study
+from tools import plan_schedule, schedule_study, timelines
 from tools.pipeline_costs import PlanningError, measured_stages, parse_stage_ms
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_advice_about_transfers_and_balance() -> None:
     assert gain and float(gain[1]) == pytest.approx((600 / 375 - 1) * 100, rel=0.01), "without a bubble all of it is lost"
 
 
-@pytest.mark.parametrize("ending", plan_schedule.TIMELINES)
+@pytest.mark.parametrize("ending", timelines.ENDINGS)
 def test_timelines(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / f"schedules{ending}"
     run(f"{SMALL} --schedules 1f1b paci --timeline {path} --timeline-updates 2", capsys)
@@ -173,7 +173,7 @@ def test_stage_times_in_text() -> None:
     [
         ("--stage-ms 1:2", "--microbatches-per-update is missing; give one or several"),
         ("--microbatches-per-update 0 --stage-ms 1:2", "--microbatches-per-update 0: give at least 1"),
-        ("--microbatches-per-update 4", "--stage-ms and --metrics: give exactly one"),
+        ("--microbatches-per-update 4", "--stage-ms, --metrics and --trace: give exactly one"),
         ("--microbatches-per-update 4 --stage-ms 1", "--stage-ms 1: expected FORWARD:BACKWARD or FORWARD:BACKWARD:WEIGHT"),
         ("--microbatches-per-update 4 --stage-ms 1:2:3:4", "--stage-ms 1:2:3:4: expected FORWARD:BACKWARD"),
         ("--microbatches-per-update 4 --stage-ms 0:2", "--stage-ms 0:2: a forward and a backward take time; give"),

@@ -294,7 +294,7 @@ def test_csv_has_every_action(timelines: dict[str, list[list]]) -> None:
     assert len(rows) == sum(len(spans) for stages in timelines.values() for spans in stages)
     assert rows[1] == {
         "schedule": "PACI", "stage": "0", "action": "F1", "kind": "forward", "index": "1", "chunk": "0",
-        "start_ms": "100", "end_ms": "200",
+        "start_ms": "100", "end_ms": "200", "waiting_ms": "0",
     }  # fmt: skip
 
 
