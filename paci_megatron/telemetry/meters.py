@@ -49,6 +49,7 @@ class StageMeter:
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0
+        self._interval_bubble: float | None = None
         self.restart()
 
     def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
@@ -133,4 +134,4 @@ class StageMeter:
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._since = self._interval_since = time.perf_counter()
         self._interval_busy_s = 0.0
-        self._interval_bubble: float | None = None
+        self._interval_bubble = None
