@@ -27,9 +27,12 @@ from paci_megatron.runtime.update import StageUpdate, UpdateResult
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
 
+from .readings import Readings
 from .requests import SpikeDetector
 
 OnTotal = Callable[[int, Record], None]
+
+_FINGERPRINT_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class Stage:
         self._finalize_groups = copy.copy(groups)
         self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
         self.last_total = Record()  # of the last update before a drain
+        self.readings = Readings()
         self._spikes = SpikeDetector()
+        self._watches_loss = False
         self._control: Control | None = None
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
@@ -106,6 +111,7 @@ class Stage:
         index, num_stages, extra = self.stage_index, self._config.num_stages, self._config.extra_in_flight
         lag = record_lag(num_stages, a, extra)
         self._microbatches_per_update, self._is_drain, self._begin = a, is_drain, iteration
+        self._watches_loss = bool(args.paci_fallback) and self.is_last
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
@@ -126,6 +132,7 @@ class Stage:
             self._finalize,
             samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
             take_num_tokens=self._take_num_tokens if self.model_config.calculate_per_token_loss else None,
+            readings=self.readings,
             requests=lambda: self._wiring.requests(self),
             tied=self._tied_embedding(lag),
         )
@@ -157,18 +164,22 @@ class Stage:
     def tied_fingerprint(self) -> int:
         """A number that the same matrix, bit for bit, gives on the other stage."""
         weight = unwrap_model(self.model).shared_embedding_or_output_weight().detach()
-        bits = weight.contiguous().view(torch.int16).view(-1).long()
-        weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-        return int((bits * weights).sum())
+        bits = weight.contiguous().view(torch.int16).view(-1)
+        # A part at a time: the whole as 64-bit numbers would be the most memory that training ever takes.
+        weights = torch.arange(_FINGERPRINT_PART, device=bits.device) % 65521 + 1
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for index, part in enumerate(bits.split(_FINGERPRINT_PART)):
+            total += (part.long() * weights[: part.numel()]).sum() * (2 * index + 1)
+        return int(total)
 
-    def _take_num_tokens(self) -> int:
-        """The window's tokens over all replicas of the last stage, which alone knows them."""
+    def _take_num_tokens(self) -> torch.Tensor | None:
+        """The window's tokens over all replicas of the last stage, which alone knows them, (1,)."""
         if not self.is_last:
-            return 0
+            return None
         assert self._compute is not None
         num_tokens = self._compute.take_num_tokens()
         torch.distributed.all_reduce(num_tokens, group=self.groups.dp_cp)
-        return int(num_tokens)
+        return num_tokens
 
     def feed(self, forward_step_func: Any, data_iterator: Any) -> None:
         """Set where the next forwards come from."""
@@ -189,10 +200,14 @@ class Stage:
 
     def loss_jumped(self) -> bool:
         """Whether the loss of the window just computed jumps, on the last stage."""
+        return self._spikes.is_spike(float(self.readings.read("loss")))
+
+    def _window_loss(self) -> torch.Tensor:
+        """The mean loss of the window just computed, on the last stage."""
         assert self._compute is not None
         values = torch.stack([next(iter(report.values())).view(-1).float() for report in self._compute.window_losses()])
         total = values.sum(dim=0)
-        return self._spikes.is_spike(float(total[0] / (total[1] if len(total) > 1 else len(values))))
+        return total[0] / (total[1] if len(total) > 1 else len(values))
 
     def waiting_s(self) -> float:
         """For how long the action at hand has been going on; 0 outside the plan. From any thread."""
@@ -258,3 +273,5 @@ class Stage:
         self.model_config.finalize_model_grads_func(
             [self.model], None, pg_collection=self._finalize_groups, force_all_reduce=False
         )
+        if self._watches_loss:
+            self.readings.copy("loss", self._window_loss())
