@@ -44,6 +44,8 @@ class TrainingContext:
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
             keep_loss_scale_on_host(stage.optimizer)
+            if args.paci_metrics_file:
+                stage.measure_saved_activations()
         self.watchdog = Watchdog(stages, args.paci_transfer_timeout, torch.distributed.get_rank())
 
     def is_drained(self) -> bool:

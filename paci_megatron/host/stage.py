@@ -22,6 +22,7 @@ from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.control import Clipping, Control, Record, Request
 from paci_megatron.runtime.executor import Executor
 from paci_megatron.runtime.links import StageLink
+from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.tied_embeddings import TensorExchange, TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate, UpdateResult
 from paci_megatron.runtime.weights import WeightVersions
@@ -89,16 +90,21 @@ class Stage:
         self.readings = Readings()
         self._spikes = SpikeDetector()
         self._watches_loss = False
+        self._saved: SavedActivations | None = None
         self._control: Control | None = None
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
-        self._microbatches_per_update = self._begin = 0
+        self._microbatches_per_update = self._begin = self._in_flight_cap = 0
         self._is_drain: IsDrain = never
 
     @property
     def is_last(self) -> bool:
         """Whether this is the stage with the loss."""
         return self.stage_index == self._config.num_stages - 1
+
+    def measure_saved_activations(self) -> None:
+        """Count what forwards leave for backwards until the pipeline has been full, for the meter."""
+        self._saved = SavedActivations(self.model.parameters())
 
     def is_drained(self) -> bool:
         """Whether no plan is running."""
@@ -112,12 +118,13 @@ class Stage:
         lag = record_lag(num_stages, a, extra)
         self._microbatches_per_update, self._is_drain, self._begin = a, is_drain, iteration
         self._watches_loss = bool(args.paci_fallback) and self.is_last
+        self._in_flight_cap = max_in_flight(index, num_stages, extra)
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
             self.model_config,
             microbatches_per_update=a,
-            in_flight_cap=max_in_flight(index, num_stages, extra),
+            in_flight_cap=self._in_flight_cap,
             is_last_stage=self.is_last,
             context_parallel_size=self.groups.cp.size(),
         )
@@ -191,7 +198,10 @@ class Stage:
         """See :meth:`Executor.run_to_update`."""
         assert self._executor is not None
         try:
-            return self._executor.run_to_update()
+            with self._saved.watched() if self._saved is not None else contextlib.nullcontext():
+                result = self._executor.run_to_update()
+            self._note_saved_activations()
+            return result
         except BoundError as error:
             raise BoundError(f"{error}. The plan around it:\n{self.plan_text()}") from error
         except Exception as error:
@@ -208,6 +218,13 @@ class Stage:
         values = torch.stack([next(iter(report.values())).view(-1).float() for report in self._compute.window_losses()])
         total = values.sum(dim=0)
         return total[0] / (total[1] if len(total) > 1 else len(values))
+
+    def _note_saved_activations(self) -> None:
+        if self._saved is None or self._executor is None:
+            return
+        self.meter.saved_activation_bytes = self._saved.peak_bytes
+        if self._executor.state.forwards >= 2 * self._in_flight_cap:  # the peak has been, and counting costs time
+            self._saved = None
 
     def waiting_s(self) -> float:
         """For how long the action at hand has been going on; 0 outside the plan. From any thread."""
