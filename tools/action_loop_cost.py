@@ -82,7 +82,7 @@ class Measurement:
         self._gradient = 1e-6 * torch.randn(shape, device=device).to(config.pipeline_dtype)
 
     def run(self) -> dict[str, float]:
-        """``{"loop_ms", "bare_ms", "overhead"}``: milliseconds of an update, medians, and by which share the loop is slower."""
+        """``{"loop_ms", "bare_ms", "overhead"}``: milliseconds of an update, medians, and how much slower the loop is."""
         for way in (self._loop, self._bare):
             way()  # warm up
         times: dict[Callable[[], None], list[float]] = {self._loop: [], self._bare: []}

@@ -12,6 +12,7 @@ import importlib.util
 import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,10 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _machine(on_gpu: bool) -> dict[str, Any]:
     """What the figures were measured on."""
-    import megatron.core
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if on_gpu else []
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "megatron": megatron.core.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "megatron": version("megatron-core")}
     return {"gpus": gpus, "cuda": torch.version.cuda if on_gpu else None, **versions}
 
 

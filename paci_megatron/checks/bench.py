@@ -203,10 +203,7 @@ class Bench:
     def _train(self, name: str, flags: Sequence[str], processes: int) -> TrainingRun:
         metrics = self.folder / f"{name}.jsonl"
         metrics.unlink(missing_ok=True)  # a training appends to it
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-        )
-        command = [*launcher, "pretrain_gpt_paci.py", *self.model_flags(), *self.data_flags(), *flags]
+        command = [*launcher(processes), "pretrain_gpt_paci.py", *self.model_flags(), *self.data_flags(), *flags]
         self.command(name, [*command, "--paci-metrics-file", str(metrics)], self.sizes.train_timeout_s)
         return TrainingRun(read_metrics(metrics))
 
@@ -228,6 +225,11 @@ class Bench:
         tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}_tokenizer.model"]
         cache = ["--data-cache-path", str(prefix.parent / "index-cache")]
         return [*tokenizer, "--data-path", f"{prefix}_text_document", "--split", "100,0,0", *cache]
+
+
+def launcher(processes: int) -> list[str]:
+    """What starts a script in so many processes."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def tail(log: Path) -> list[str]:

@@ -11,7 +11,7 @@ from functools import partial
 
 from paci_megatron.arguments import add_paci_arguments
 
-from .bench import Bench
+from .bench import Bench, launcher
 from .outcome import Check, Measured, SkipCheck
 
 LOSS_DIFFERENCE = 0.03  # of PACI's mean loss at the end of a short training, relative to flush's
@@ -121,7 +121,7 @@ def loop_overhead(bench: Bench) -> Measured:
     """A stage's plan through the executor, without neighbours, against Megatron's forward, backward and update in a loop."""
     output = bench.folder / "action_loop.json"
     updates, repeats = ("8", "7") if bench.on_gpu else ("3", "2")
-    command = ["tools/action_loop_cost.py", "--measure-output", str(output)]
+    command = [*launcher(1), "tools/action_loop_cost.py", "--measure-output", str(output)]
     command += ["--measure-updates", updates, "--measure-repeats", repeats]
     stages = ["--paci-emulate-stages", "2", "--pipeline-schedule", "paci"]
     bench.command("action-loop", [*command, *bench.model_flags(), *bench.data_flags(), *stages])
