@@ -27,7 +27,8 @@ _READS = {
     torch.Tensor.__float__,
     torch.Tensor.__index__,
 }
-# The tests read losses to compare them. Data is made on the host; generators' states and the step counts of PyTorch's optimizers live there.
+# The tests read losses to compare them. Data is made on the host; generators' states and the step counts of PyTorch's
+# optimizers live there.
 _ON_THE_HOST = (
     "/multiproc/jobs.py:training_log",
     "/datasets/",
