@@ -155,6 +155,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 def main() -> None:
     """Run the training that the command line describes."""
     paci_megatron.install()
+    run()
+
+
+def run() -> None:
+    """The same, with the plugin installed."""
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

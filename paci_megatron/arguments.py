@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .config import CLIP_MODES, SCHEDULES, WEIGHT_POLICIES
+from .config import CLIP_MODES, LINKS, SCHEDULES, WEIGHT_POLICIES
 
 
 def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,6 +57,14 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="N",
         help="Run all N stages of the pipeline in one process, on one CPU or GPU, with the numerics of N processes. The "
         "pipeline size must be 1. Works with either schedule.",
+    )
+    group.add_argument(
+        "--paci-link",
+        choices=LINKS,
+        default="p2p",
+        help="How tensors travel between stages. p2p: by the distributed backend, from GPU to GPU over NCCL. host: through "
+        "the host's memory over gloo, so that several stages can be processes on one GPU; for tests, since the host waits "
+        "for each copy. Works with either schedule.",
     )
     group.add_argument(
         "--paci-metrics-file",

@@ -10,6 +10,7 @@ from typing import Any
 SCHEDULES = ("1f1b", "paci")
 CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
+LINKS = ("p2p", "host")
 
 
 class ConfigError(ValueError):
@@ -245,6 +246,11 @@ def check_options(args: argparse.Namespace) -> None:
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
             "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
         )
+    if args.paci_link != "p2p" and args.paci_emulate_stages is not None:
+        raise ConfigError(
+            f"--paci-link {args.paci_link} with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages share a "
+            "process and hand tensors over. Remove one of the two."
+        )
     if args.paci_trace_dir is not None:
         _check_trace(args)
 
@@ -267,6 +273,24 @@ def _check_trace(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--paci-trace-dir {args.paci_trace_dir} with --pipeline-model-parallel-layout {text}: {chunks} model "
                 f"chunks on {num_stages} stages, and a trace knows one a stage. Remove one of the two."
+            )
+
+
+def check_host_link_on_gpu(args: argparse.Namespace) -> None:
+    """``ConfigError`` if ``--paci-link host`` on a GPU meets what needs collectives that gloo has for CPU tensors only."""
+    for flag, name, allowed in (
+        ("--tensor-model-parallel-size", "tensor_model_parallel_size", 1),
+        ("--context-parallel-size", "context_parallel_size", 1),
+        ("--expert-model-parallel-size", "expert_model_parallel_size", 1),
+        ("--use-distributed-optimizer", "use_distributed_optimizer", False),
+        ("--overlap-grad-reduce", "overlap_grad_reduce", False),
+    ):
+        value = getattr(args, name)
+        if value != allowed:
+            shown = flag if value is True else f"{flag} {value}"
+            raise ConfigError(
+                f"--paci-link host with {shown} on a GPU: it needs collectives that gloo has for tensors on a CPU only. "
+                f"Remove {flag}, or give each rank a GPU and use --paci-link p2p."
             )
 
 

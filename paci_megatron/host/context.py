@@ -43,11 +43,18 @@ class TrainingContext:
         self._totals: dict[int, Record] = {}  # of all stages, by iteration; complete some updates later
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
+            keep_loss_scale_on_host(stage.optimizer)
+            if args.paci_metrics_file:
+                stage.measure_saved_activations()
         self.watchdog = Watchdog(stages, args.paci_transfer_timeout, torch.distributed.get_rank())
 
     def is_drained(self) -> bool:
         """Whether the pipeline is empty and all stages have done the same updates."""
         return self.stages[0].is_drained()
+
+    def stage_here(self) -> Stage:
+        """The stage that is at work: this process's, or the emulated one whose place Megatron sees."""
+        return self.stages[parallel_state.get_pipeline_model_parallel_rank() if self.config.emulates else 0]
 
     def require_drained(self, purpose: str) -> None:
         """``RuntimeError`` if micro-batches are in flight when Megatron is about to do ``purpose``."""
@@ -191,7 +198,7 @@ def distributed_stage(
     if not args.untie_embeddings_and_output_weights:
         is_end = groups.pp.rank() in (0, groups.pp.size() - 1)
         like = unwrap_model(model).shared_embedding_or_output_weight().main_grad if is_end else None
-        tied = wiring.tied_exchange(args, like)
+        tied = wiring.tied_exchange(args, like, device)
     links = Wiring(
         link=wiring.p2p_links(args, model_config, tuple(shape), device),
         agree=wiring.agreement(args) if can_request(args) else lambda record: record,
@@ -218,6 +225,17 @@ def keep_gradient_statistics_within_stage(optimizer: Any) -> None:
             part.grad_stats_parallel_group = parallel_state.get_expert_tensor_and_model_parallel_group()
         else:
             part.grad_stats_parallel_group = parallel_state.get_tensor_model_parallel_group()
+
+
+def keep_loss_scale_on_host(optimizer: Any) -> None:
+    """Let Megatron's loop read the loss scale, which it logs in every iteration, without waiting for the device.
+
+    It is a constant: paci refuses fp16, the only precision with another.
+    """
+    scale = optimizer.get_loss_scale()
+    on_host = scale.cpu()
+    optimizer.scale_loss = lambda loss: scale * loss  # as Megatron's, which would take the one below
+    optimizer.get_loss_scale = lambda: on_host
 
 
 _current: TrainingContext | None = None

@@ -21,7 +21,7 @@ from paci_megatron.runtime.control import Record
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import context as contexts
-from . import cpu, emulation, tracing
+from . import cpu, emulation, shared_gpu, tracing
 from . import monitor as monitors
 from .boundaries import Boundaries, MicrobatchForecast
 from .capabilities import adapt_to_installed, check_installed
@@ -66,11 +66,12 @@ def arguments_checked(original: Function) -> Function:
         lines = cpu.adapt_arguments(args) if cpu.is_active() else []
         if cpu.is_active():
             _print_first_rank(args, f"no CUDA device: running on the CPU over gloo ({', '.join(lines) or 'as given'})")
-        for line in adapt_to_installed(args):
-            _print_first_rank(args, line)
         with exit_on_config_error():
             check_installed(args)
             check_options(args)
+            lines = shared_gpu.adapt_arguments(args)
+        for line in (*adapt_to_installed(args), *lines):
+            _print_first_rank(args, line)
         if args.pipeline_schedule != "paci" and args.paci_emulate_stages is None:
             return original(args, defaults)
         with exit_on_config_error():

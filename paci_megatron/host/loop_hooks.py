@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from paci_megatron.runtime.control import Record
 
 from . import context as contexts
@@ -92,14 +94,31 @@ def training_log_recorded(original: Function) -> Function:
     def training_log(*positional: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
-        result = original(*positional, **named)
-        iteration = signature.bind(*positional, **named).arguments["iteration"]
+        bound = signature.bind(*positional, **named)
+        iteration = bound.arguments["iteration"]
+        if contexts.runs_plans() and not _is_written(get_args(), iteration) and not bound.arguments["skipped_iter"]:
+            _add_up_losses(bound.arguments["total_loss_dict"], bound.arguments["loss_dict"])
+            bound.arguments["loss_dict"] = {}
+        result = original(*bound.args, **bound.kwargs)
         monitor = monitors.current()
         if monitor is not None and (iteration % get_args().log_interval == 0 or iteration == 1):
             monitor.log_interval(iteration)
         return result
 
     return training_log
+
+
+def _is_written(args: Any, iteration: int) -> bool:
+    """Whether Megatron writes this iteration's losses to TensorBoard or Weights & Biases, and so waits for them."""
+    from megatron.training import get_tensorboard_writer
+
+    return get_tensorboard_writer() is not None and iteration % args.tensorboard_log_interval == 0
+
+
+def _add_up_losses(totals: dict[str, Any], losses: dict[str, torch.Tensor]) -> None:
+    """What Megatron does for its log line, without the zero that it copies to the device each time: a wait."""
+    for name, loss in losses.items():
+        totals[name] = totals.get(name, 0.0) + loss.view(-1)
 
 
 def evaluation_recorded(original: Function) -> Function:

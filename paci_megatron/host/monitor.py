@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.device import peak_memory_bytes, reset_peak_memory
 from paci_megatron.telemetry.meters import StageMeter, StageReport
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
@@ -45,6 +47,7 @@ class RunMonitor:
         """An iteration starts."""
         if self._first_iteration_s is None:
             self._first_iteration_s = time.perf_counter()
+            reset_peak_memory(self.meters[0].device)
         if self._drained:
             for meter in self.meters:
                 meter.restart()
@@ -130,8 +133,10 @@ class RunMonitor:
         """Gather every stage's figures since the last drain. A collective, which is why it happens at drains only."""
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, [meter.take_report() for meter in self.meters], group=group)
-        reports = [report for reports in gathered for report in reports]
+        peak = peak_memory_bytes(self.meters[0].device)
+        mine = [(meter.take_report(), meter.saved_activation_bytes) for meter in self.meters], peak
+        dist.all_gather_object(gathered, mine, group=group)
+        reports, saved = zip(*(stage for stages, _ in gathered for stage in stages), strict=True)
         if not self._is_reporter:
             return
         if self._schedule == "paci":
@@ -140,9 +145,15 @@ class RunMonitor:
         if self._file is not None:
             stages = [report.as_dict() for report in reports]
             self._file.write("drain", schedule=self._schedule, iteration=iteration, stages=stages)
+            self._file.write(
+                "memory",
+                iteration=iteration,
+                saved_activation_bytes=saved,
+                process_peak_bytes=[peak for _, peak in gathered],
+            )
 
 
-def _stage_scalars(reports: list[StageReport]) -> dict[str, float]:
+def _stage_scalars(reports: Sequence[StageReport]) -> dict[str, float]:
     return {
         f"paci/{name.replace('_', '-')}/stage-{report.stage_index}": value
         for report in reports
@@ -183,7 +194,7 @@ def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
     }
 
 
-def stage_line(iteration: int, reports: list[StageReport]) -> str:
+def stage_line(iteration: int, reports: Sequence[StageReport]) -> str:
     """PACI's log line: each stage's figures since the last drain, first stage to last."""
 
     def column(values: list[str]) -> str:

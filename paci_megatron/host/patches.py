@@ -27,9 +27,10 @@ class PatchPoint:
     module: str
     name: str
     replacement: str
-    parameters: str
+    parameters: str | None
     reason: str
     cpu_only: bool = False  # only where there is no CUDA device
+    gpu_only: bool = False  # only where there is one
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -164,6 +165,36 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "measures the bubble of Megatron's own schedule, if a metrics file is written",
     ),
     PatchPoint(
+        "megatron.core.rerun_state_machine",
+        "RerunStateMachine.validate_result",
+        "checked_with_update",
+        "self result rejection_func message comparison_func tolerance fatal",
+        "looks at every loss and every bucket's gradients at once, and each time the host waits for the device",
+    ),
+    PatchPoint(
+        "megatron.core.optimizer.clip_grads",
+        "l2_norm_impl",
+        "norm_on_device",
+        None,
+        "without Transformer Engine and Apex it reads the norm of each parameter to the host",
+        gpu_only=True,
+    ),
+    PatchPoint(
+        _SCHEDULES,
+        "P2PCommunicator",
+        "communicator_of_link",
+        "pp_group config",
+        "with --paci-link host Megatron's own transfers go through the host's memory too",
+    ),
+    PatchPoint(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_coalescing_manager",
+        "reduced_one_by_one",
+        "group device async_ops",
+        "with --paci-link host gradients of a GPU are reduced over gloo, which takes one tensor at a time",
+        gpu_only=True,
+    ),
+    PatchPoint(
         "megatron.core.datasets.utils",
         "compile_helpers",
         "compiled_in_the_wheel",
@@ -256,7 +287,7 @@ def install() -> None:
     if _installed:
         raise RuntimeError("paci-megatron is already installed in this process; call uninstall() first")
     on_cpu = cpu.activate()
-    points = [point for point in PATCH_POINTS if on_cpu or not point.cpu_only]
+    points = [point for point in PATCH_POINTS if not (point.gpu_only if on_cpu else point.cpu_only)]
     try:
         _check_version()
         targets = [_find(point) for point in points]
@@ -272,9 +303,9 @@ def install() -> None:
 
 
 def _factory(point: PatchPoint) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    from . import hooks, loop_hooks, torch_adam
+    from . import capabilities, hooks, loop_hooks, readings, shared_gpu, torch_adam
 
-    modules = (cpu,) if point.cpu_only else (hooks, loop_hooks, torch_adam)
+    modules = (cpu,) if point.cpu_only else (hooks, loop_hooks, readings, shared_gpu, capabilities, torch_adam)
     (factory,) = (getattr(module, point.replacement) for module in modules if hasattr(module, point.replacement))
     return factory
 
@@ -312,6 +343,8 @@ def _find(point: PatchPoint) -> tuple[Any, str, Callable[..., Any]]:
     original = getattr(owner, name, None)
     if original is None:
         raise RuntimeError(f"the installed Megatron has no {point}, which paci-megatron replaces ({point.reason})")
+    if point.parameters is None:
+        return owner, name, original
     found = " ".join(inspect.signature(original).parameters)
     if found != point.parameters:
         raise RuntimeError(

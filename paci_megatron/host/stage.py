@@ -23,15 +23,19 @@ from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.control import Clipping, Control, Record, Request
 from paci_megatron.runtime.executor import Executor
 from paci_megatron.runtime.links import StageLink
+from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.tied_embeddings import TensorExchange, TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate, UpdateResult
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
 from paci_megatron.telemetry.trace import StageTrace
 
+from .readings import Readings
 from .requests import SpikeDetector
 
 OnTotal = Callable[[int, Record], None]
+
+_FINGERPRINT_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,24 @@ class Stage:
         self._finalize_groups = copy.copy(groups)
         self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
         self.last_total = Record()  # of the last update before a drain
+        self.readings = Readings()
         self._spikes = SpikeDetector()
+        self._watches_loss = False
+        self._saved: SavedActivations | None = None
         self._control: Control | None = None
         self._executor: Executor | None = None
         self._compute: StageCompute | None = None
-        self._microbatches_per_update = self._begin = 0
+        self._microbatches_per_update = self._begin = self._in_flight_cap = 0
         self._is_drain: IsDrain = never
 
     @property
     def is_last(self) -> bool:
         """Whether this is the stage with the loss."""
         return self.stage_index == self._config.num_stages - 1
+
+    def measure_saved_activations(self) -> None:
+        """Count what forwards leave for backwards until the pipeline has been full, for the meter."""
+        self._saved = SavedActivations(self.model.parameters())
 
     def is_drained(self) -> bool:
         """Whether no plan is running."""
@@ -109,12 +120,14 @@ class Stage:
         index, num_stages, extra = self.stage_index, self._config.num_stages, self._config.extra_in_flight
         lag = record_lag(num_stages, a, extra)
         self._microbatches_per_update, self._is_drain, self._begin = a, is_drain, iteration
+        self._watches_loss = bool(args.paci_fallback) and self.is_last
+        self._in_flight_cap = max_in_flight(index, num_stages, extra)
         self.meter.begin_plan(a, extra)
         self._compute = StageCompute(
             self.model,
             self.model_config,
             microbatches_per_update=a,
-            in_flight_cap=max_in_flight(index, num_stages, extra),
+            in_flight_cap=self._in_flight_cap,
             is_last_stage=self.is_last,
             context_parallel_size=self.groups.cp.size(),
         )
@@ -130,6 +143,7 @@ class Stage:
             samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
             take_num_tokens=self._take_num_tokens if self.model_config.calculate_per_token_loss else None,
             remarks=partial(self._remarks, args.log_interval),
+            readings=self.readings,
             tied=self._tied_embedding(lag),
         )
         weights = WeightVersions(tuple(self.model.parameters()), self._config.weight_policy, a)
@@ -163,9 +177,13 @@ class Stage:
     def tied_fingerprint(self) -> int:
         """A number that the same matrix, bit for bit, gives on the other stage."""
         weight = unwrap_model(self.model).shared_embedding_or_output_weight().detach()
-        bits = weight.contiguous().view(torch.int16).view(-1).long()
-        weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-        return int((bits * weights).sum())
+        bits = weight.contiguous().view(torch.int16).view(-1)
+        # A part at a time: the whole as 64-bit numbers would be the most memory that training ever takes.
+        weights = torch.arange(_FINGERPRINT_PART, device=bits.device) % 65521 + 1
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for index, part in enumerate(bits.split(_FINGERPRINT_PART)):
+            total += (part.long() * weights[: part.numel()]).sum() * (2 * index + 1)
+        return int(total)
 
     def _remarks(self, log_interval: int, update: int) -> Record:
         """What this stage asks of the others, and its figures for the log."""
@@ -175,14 +193,14 @@ class Stage:
         requests = float(self._wiring.requests(self))
         return Record(requests=requests, least_bubble=least, most_bubble=most, max_drift=float(self.meter.max_drift))
 
-    def _take_num_tokens(self) -> int:
-        """The window's tokens over all replicas of the last stage, which alone knows them."""
+    def _take_num_tokens(self) -> torch.Tensor | None:
+        """The window's tokens over all replicas of the last stage, which alone knows them, (1,)."""
         if not self.is_last:
-            return 0
+            return None
         assert self._compute is not None
         num_tokens = self._compute.take_num_tokens()
         torch.distributed.all_reduce(num_tokens, group=self.groups.dp_cp)
-        return int(num_tokens)
+        return num_tokens
 
     def feed(self, forward_step_func: Any, data_iterator: Any) -> None:
         """Set where the next forwards come from."""
@@ -199,7 +217,10 @@ class Stage:
         """See :meth:`Executor.run_to_update`."""
         assert self._executor is not None
         try:
-            return self._executor.run_to_update()
+            with self._saved.watched() if self._saved is not None else contextlib.nullcontext():
+                result = self._executor.run_to_update()
+            self._note_saved_activations()
+            return result
         except BoundError as error:
             raise BoundError(f"{error}. The plan around it:\n{self.plan_text()}") from error
         except Exception as error:
@@ -208,10 +229,21 @@ class Stage:
 
     def loss_jumped(self) -> bool:
         """Whether the loss of the window just computed jumps, on the last stage."""
+        return self._spikes.is_spike(float(self.readings.read("loss")))
+
+    def _window_loss(self) -> torch.Tensor:
+        """The mean loss of the window just computed, on the last stage."""
         assert self._compute is not None
         values = torch.stack([next(iter(report.values())).view(-1).float() for report in self._compute.window_losses()])
         total = values.sum(dim=0)
-        return self._spikes.is_spike(float(total[0] / (total[1] if len(total) > 1 else len(values))))
+        return total[0] / (total[1] if len(total) > 1 else len(values))
+
+    def _note_saved_activations(self) -> None:
+        if self._saved is None or self._executor is None:
+            return
+        self.meter.saved_activation_bytes = self._saved.peak_bytes
+        if self._executor.state.forwards >= 2 * self._in_flight_cap:  # the peak has been, and counting costs time
+            self._saved = None
 
     def waiting_s(self) -> float:
         """For how long the action at hand has been going on; 0 outside the plan. From any thread."""
@@ -279,3 +311,5 @@ class Stage:
         self.model_config.finalize_model_grads_func(
             [self.model], None, pg_collection=self._finalize_groups, force_all_reduce=False
         )
+        if self._watches_loss:
+            self.readings.copy("loss", self._window_loss())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,60 +15,157 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from paci_megatron.plan.schedules import sends_in_flight
 from paci_megatron.runtime.control import Record, Request
-from paci_megatron.runtime.links import P2PLink, TensorPair
+from paci_megatron.runtime.links import (
+    DirectIncoming,
+    DirectOutgoing,
+    HostIncoming,
+    HostOutgoing,
+    Incoming,
+    Neighbour,
+    Outgoing,
+    P2PLink,
+    TensorPair,
+)
 from paci_megatron.runtime.tied_embeddings import TensorExchange
 
 
+@dataclass(frozen=True)
+class Direction:
+    """A process group of two ranks that carries tensors one way only. This rank is one of the two."""
+
+    group: dist.ProcessGroup
+    sender: int
+    receiver: int
+
+    @property
+    def is_outgoing(self) -> bool:
+        """Whether this rank sends."""
+        return dist.get_rank() == self.sender
+
+
 def create_groups(
-    mine: Sequence[int], names: Sequence[str], timeout_minutes: int, backend: str | None = None
+    mine: Sequence[Sequence[int]], name: str, timeout_minutes: int, backend: str | None = None
 ) -> list[dist.ProcessGroup]:
-    """A group of the ranks ``mine`` for each of ``names``; empty if ``mine`` is.
+    """A process group of the ranks of each of ``mine``.
 
     Collective over the world: every rank creates everyone's groups, in one order, whichever it is in.
     """
-    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, list(mine))
-    groups = []
-    for name in names:
-        for ranks in sorted({tuple(ranks) for ranks in everyones if ranks}):
-            group = dist.new_group(list(ranks), timeout=timedelta(minutes=timeout_minutes), backend=backend, group_desc=name)
-            if ranks == tuple(mine):
-                groups.append(group)
-    return groups
+    everyones: list[list[tuple[int, ...]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, [tuple(ranks) for ranks in mine])
+    created = {}
+    for ranks in sorted({ranks for theirs in everyones for ranks in theirs}):
+        timeout = timedelta(minutes=timeout_minutes)
+        created[ranks] = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=name)
+    return [created[tuple(ranks)] for ranks in mine]
+
+
+def create_directions(
+    pairs: Sequence[tuple[int, int]], name: str, args: argparse.Namespace, device: torch.device
+) -> list[Direction]:
+    """A direction for each (sender, receiver) of ``pairs`` that this rank is in, used once. Collective.
+
+    Once used, whatever the backend creates at a pair's first transfer exists: NCCL's communicators, unless bound to a device
+    at start, and its connections. Created later, in the order in which stages happen to need them, they could wait for
+    each other for ever. Here all ranks go by one order, in which no ring of pairs can wait.
+    """
+    backend = "gloo" if args.paci_link == "host" else None
+    # NCCL names a communicator by its ranks in order, so a group is made of the pair either way round.
+    groups = create_groups([tuple(sorted(pair)) for pair in pairs], name, args.distributed_timeout_minutes, backend)
+    directions = [Direction(group, *pair) for group, pair in zip(groups, pairs, strict=True)]
+    carrier = torch.device("cpu") if args.paci_link == "host" else device
+    for direction in sorted(directions, key=lambda direction: (direction.sender, direction.receiver)):
+        _use_once(direction, carrier)
+    return directions
+
+
+def _use_once(direction: Direction, device: torch.device) -> None:
+    """Send the sender's rank, and wait on both sides until it is there; ``RuntimeError`` if something else arrives."""
+    tensor = torch.full((1,), direction.sender if direction.is_outgoing else -1, dtype=torch.int64, device=device)
+    if direction.is_outgoing:
+        work = dist.isend(tensor, dst=direction.receiver, group=direction.group)
+    else:
+        work = dist.irecv(tensor, src=direction.sender, group=direction.group)
+    assert work is not None
+    work.wait()
+    if int(tensor) != direction.sender:
+        raise RuntimeError(
+            f"rank {direction.receiver} expected a message from rank {direction.sender} and got {int(tensor)}; this is a "
+            "bug in paci-megatron, please report it"
+        )
+
+
+def _outgoing(direction: Direction, link: str, hold: int) -> Outgoing:
+    kind = HostOutgoing if link == "host" else DirectOutgoing
+    return kind(direction.group, direction.receiver, hold)
+
+
+def _incoming(direction: Direction, link: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Incoming:
+    kind = HostIncoming if link == "host" else DirectIncoming
+    return kind(direction.group, direction.sender, shape, dtype, device)
 
 
 def p2p_links(
-    args: argparse.Namespace, config: object, shape: tuple[int, ...], device: torch.device
+    args: argparse.Namespace, config: Any, shape: tuple[int, ...], device: torch.device
 ) -> Callable[[int], P2PLink]:
-    """Makes this stage's link, for a plan's record lag. Collective."""
-    ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    minutes = args.distributed_timeout_minutes
-    activations, gradients = create_groups(ranks, ["PACI_ACTIVATIONS", "PACI_GRADIENTS"], minutes)
-    (records,) = create_groups(ranks, ["PACI_RECORDS"], minutes, backend="gloo")
+    """Makes this stage's link, for a plan's record lag. Collective.
 
-    hold = sends_in_flight(len(ranks), args.paci_extra_in_flight)
+    Each pair of neighbouring stages has a group for activations and one for gradients. Megatron's ``P2PCommunicator``
+    says who they are. (Its own calls pair a send with a receive and wait for both, and use the world group for one
+    direction when there are two stages.)
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    communicator = P2PCommunicator(pp_group=pipeline, config=config)
+    here = dist.get_rank()
+    before = None if communicator.is_pp_first_stage else communicator.prev_rank
+    after = None if communicator.is_pp_last_stage else communicator.next_rank
+    down = [(by, to) for by, to in ((before, here), (here, after)) if by is not None and to is not None]
+    activations = dict(zip(down, create_directions(down, "PACI_ACTIVATIONS", args, device), strict=True))
+    up = [(to, by) for by, to in down]
+    gradients = dict(zip(up, create_directions(up, "PACI_GRADIENTS", args, device), strict=True))
+    minutes = args.distributed_timeout_minutes
+    hold = sends_in_flight(pipeline.size(), args.paci_extra_in_flight)
+    (records,) = create_groups([dist.get_process_group_ranks(pipeline)], "PACI_RECORDS", minutes, backend="gloo")
+
+    def neighbour(rank: int | None, outgoing: dict[Any, Direction], incoming: dict[Any, Direction]) -> Neighbour | None:
+        if rank is None:
+            return None
+        return Neighbour(
+            rank,
+            _outgoing(outgoing[here, rank], args.paci_link, hold=hold),
+            _incoming(incoming[rank, here], args.paci_link, shape, config.pipeline_dtype, device),
+        )
 
     def link(record_lag: int) -> P2PLink:
-        forward, backward = (P2PCommunicator(pp_group=group, config=config) for group in (activations, gradients))
-        return P2PLink(forward, backward, shape, device, records, record_lag, hold)
+        previous = neighbour(before, outgoing=gradients, incoming=activations)
+        following = neighbour(after, outgoing=activations, incoming=gradients)
+        return P2PLink(previous, following, records, record_lag)
 
     return link
 
 
-def tied_exchange(args: argparse.Namespace, like: torch.Tensor | None) -> Callable[[int], TensorExchange] | None:
+def tied_exchange(
+    args: argparse.Namespace, like: torch.Tensor | None, device: torch.device
+) -> Callable[[int], TensorExchange] | None:
     """Makes the exchange of the tied embedding's gradients, of the form of ``like``, for a plan's record lag.
 
     None on the stages between the first and the last, which have no ``like``. Collective.
     """
     pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    ends = [pipeline[0], pipeline[-1]] if like is not None else []
-    groups = create_groups(ends, ["PACI_TIED_FROM_FIRST", "PACI_TIED_FROM_LAST"], args.distributed_timeout_minutes)
+    first, last = pipeline[0], pipeline[-1]
+    from_first, from_last = (
+        create_directions([pair] if like is not None else [], name, args, device)
+        for pair, name in (((first, last), "PACI_TIED_FROM_FIRST"), ((last, first), "PACI_TIED_FROM_LAST"))
+    )
     if like is None:
         return None
-    from_first, from_last = groups
-    if dist.get_rank() == ends[0]:
-        return lambda lag: TensorPair(from_first, from_last, ends[1], like, hold=lag + 1)
-    return lambda lag: TensorPair(from_last, from_first, ends[0], like, hold=lag + 1)
+    (there,), (back,) = (from_first, from_last) if dist.get_rank() == first else (from_last, from_first)
+    shape, dtype = tuple(like.shape), like.dtype
+
+    def exchange(lag: int) -> TensorPair:
+        incoming = _incoming(back, args.paci_link, shape, dtype, device)
+        return TensorPair(_outgoing(there, args.paci_link, hold=lag + 1), incoming)
+
+    return exchange
 
 
 def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:
@@ -74,7 +173,7 @@ def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:
     stage = dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     if len(stage) == 1:
         return lambda record: record
-    (group,) = create_groups(stage, ["PACI_STAGE"], args.distributed_timeout_minutes, backend="gloo")
+    (group,) = create_groups([stage], "PACI_STAGE", args.distributed_timeout_minutes, backend="gloo")
 
     def agree(record: Record) -> Record:
         requests = Request(int(record.requests))

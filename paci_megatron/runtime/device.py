@@ -1,4 +1,4 @@
-"""The one place outside ``host/`` that touches ``torch.cuda``: timing what a device waits for."""
+"""The one place outside ``host/`` that touches ``torch.cuda``: time on a device, memory, and copies to the host."""
 
 from __future__ import annotations
 
@@ -12,46 +12,58 @@ import torch
 class Stopwatch:
     """Sums the seconds between pairs of :meth:`start` and :meth:`stop` as the stage's device sees them.
 
-    On a GPU the host runs ahead, so pairs of CUDA events in the current stream are kept and read only by
-    :meth:`take_s`; on a CPU the monotonic clock is enough.
+    On a GPU the host runs ahead, so pairs of CUDA events are recorded in the current stream and added up once the device
+    has passed them; only :meth:`take_s` waits for that. On a CPU the monotonic clock is enough.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._started = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._open: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # started and not stopped
+        self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
         """Begin a wait."""
-        if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            self._events.append((begin, end))
-        else:
+        if not self._on_gpu:
             self._started = time.perf_counter()
+            return
+        self.so_far_s()  # so that as many are kept as the host is ahead
+        self._open = self._free.pop() if self._free else (_timing_event(), _timing_event())
+        self._open[0].record()
 
     def stop(self) -> None:
         """End the wait that :meth:`start` began."""
         if self._on_gpu:
-            self._events[-1][1].record()
+            assert self._open is not None
+            self._open[1].record()
+            self._pending.append(self._open)
         else:
             self._seconds += time.perf_counter() - self._started
 
     def so_far_s(self) -> float:
         """The seconds summed since :meth:`take_s`, without waiting: on a GPU as far as it has got."""
-        while self._events and self._events[0][1].query():
-            begin, end = self._events.popleft()
-            self._seconds += begin.elapsed_time(end) / 1000
+        while self._pending and self._pending[0][1].query():
+            self._add_up()
         return self._seconds
 
     def take_s(self) -> float:
         """The seconds summed since the last call, which starts again from zero. Synchronises with a GPU."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self.so_far_s()
+        while self._pending:
+            self._pending[0][1].synchronize()
+            self._add_up()
         taken, self._seconds = self._seconds, 0.0
         return taken
+
+    def _add_up(self) -> None:
+        pair = self._pending.popleft()
+        self._seconds += pair[0].elapsed_time(pair[1]) / 1000
+        self._free.append(pair)
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
 
 
 Moment = Any
@@ -88,3 +100,42 @@ class DeviceClock:
     def seconds(self, since: Moment, until: Moment) -> float:
         """From one passed moment to a later one. On a GPU exact to a microsecond while they are seconds apart."""
         return float(since.elapsed_time(until) / 1000 if self._on_gpu else until - since)
+
+
+class HostCopy:
+    """A tensor on its way to the host: the copy is queued behind the device's work so far, and nobody waits.
+
+    On a CPU it is the tensor itself.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._done: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._tensor = host_buffer(tuple(tensor.shape), tensor.dtype, for_device=tensor.device)
+            # The source needs no holding: its memory is reused in this same stream only, after the copy.
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the host. Costs nothing where the device has been waited for since."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensor
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, for_device: torch.device) -> torch.Tensor:
+    """Uninitialised memory of the host, pinned where ``for_device`` copies from and to it without waiting."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=for_device.type == "cuda")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory_bytes` count from now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that this process's tensors have held on ``device``; None on a CPU, where nobody counts."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

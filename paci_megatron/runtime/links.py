@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from paci_megatron.plan import Action
 
 from .control import Record, RecordLink
+from .device import HostCopy, host_buffer
 
 
 class StageLink(RecordLink, Protocol):
@@ -42,6 +43,29 @@ class StageLink(RecordLink, Protocol):
         """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
 
 
+class Outgoing(Protocol):
+    """One direction to one other rank, where this rank sends."""
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send ``tensor``, which the caller may empty but not change; returns without waiting for the other rank."""
+
+    def drain(self) -> None:
+        """Wait until everything sent has been received."""
+
+
+class Incoming(Protocol):
+    """One direction from one other rank, where this rank receives tensors of one shape."""
+
+    def post(self) -> None:
+        """Get ready for one more tensor; returns at once."""
+
+    def receive(self) -> torch.Tensor:
+        """Wait for the tensor posted earliest and not yet received."""
+
+    def drain(self) -> None:
+        """``RuntimeError`` if a receive is still posted."""
+
+
 class _Sends:
     """Sends on a group, each tensor held until its send is done."""
 
@@ -53,6 +77,8 @@ class _Sends:
 
     def send(self, tensor: torch.Tensor, destination: int) -> None:
         while len(self._sent) >= self._hold:
+            # Over NCCL it is the current stream that waits, not the host. The tensor was allocated for that stream, so
+            # whatever gets its memory afterwards is ordered behind the send, and needs no record_stream.
             self._sent.popleft()[1].wait()
         self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
 
@@ -61,62 +87,117 @@ class _Sends:
             self._sent.popleft()[1].wait()
 
 
-class TensorPair:
-    """The :class:`~.tied_embeddings.TensorExchange` of two ranks, each direction on a process group of its own."""
+class DirectOutgoing:
+    """Sends tensors as they are, over the group's own backend: NCCL from a GPU, gloo from a CPU."""
 
-    def __init__(
-        self, to_other: dist.ProcessGroup, from_other: dist.ProcessGroup, other: int, like: torch.Tensor, hold: int
-    ) -> None:
-        """``like`` has the shape, type and device of every tensor; for ``hold`` see :class:`_Sends`."""
-        self._sends = _Sends(to_other, hold)
-        self._from_other, self._other = from_other, other
-        self._like = like
-        self._posted: deque[tuple[torch.Tensor, Any]] = deque()
+    def __init__(self, group: dist.ProcessGroup, peer: int, hold: int) -> None:
+        """``peer`` is the receiver's rank in the world; for ``hold`` see :class:`_Sends`."""
+        self._sends = _Sends(group, hold)
+        self._peer = peer
 
     def send(self, tensor: torch.Tensor) -> None:
-        """See :class:`~.tied_embeddings.TensorExchange`."""
-        self._sends.send(tensor, self._other)
-        buffer = torch.empty_like(self._like)
-        self._posted.append((buffer, dist.irecv(buffer, src=self._other, group=self._from_other)))
+        """See :class:`Outgoing`."""
+        # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
+        self._sends.send(tensor.detach().contiguous(), self._peer)
+
+    def drain(self) -> None:
+        """See :class:`Outgoing`."""
+        self._sends.drain()
+
+
+class DirectIncoming:
+    """Receives tensors over the group's own backend, into buffers made when the receive is posted."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, peer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """``peer`` is the sender's rank in the world."""
+        self._group = group
+        self._peer = peer
+        self._shape, self._dtype, self._device = shape, dtype, device
+        self._posted: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def post(self) -> None:
+        """See :class:`Incoming`."""
+        # NCCL's stream waits for the current one here, so memory that was freed earlier is free when data arrives. The
+        # buffer is held until the current stream has been made to wait for the data.
+        buffer = self._buffer()
+        self._posted.append((buffer, dist.irecv(buffer, src=self._peer, group=self._group)))
 
     def receive(self) -> torch.Tensor:
-        """See :class:`~.tied_embeddings.TensorExchange`."""
+        """See :class:`Incoming`."""
         buffer, work = self._posted.popleft()
         work.wait()
         return buffer
 
+    def drain(self) -> None:
+        """See :class:`Incoming`."""
+        if self._posted:
+            raise RuntimeError(f"{len(self._posted)} receives posted across a drain: a bug in the plan")
 
-class _Channel:
-    """One direction between neighbours: receives in posted order, sends held until they are done."""
+    def _buffer(self) -> torch.Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
 
-    def __init__(self, communicator: P2PCommunicator, shape: tuple[int, ...], device: torch.device, hold: int) -> None:
-        self._communicator = communicator
-        self._group = communicator.pp_group
-        self._shape = shape
-        self._device = device
-        self._posted: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._sends = _Sends(self._group, hold)
 
-    def post_receive(self, microbatch: int, source: int) -> None:
-        dtype = self._communicator.config.pipeline_dtype
-        buffer = torch.empty(self._shape, dtype=dtype, device=self._device, requires_grad=True)
-        self._posted.append((microbatch, buffer, dist.irecv(buffer, src=source, group=self._group)))
+class HostOutgoing(DirectOutgoing):
+    """Sends through the host's memory over gloo: for ranks that share a GPU, which NCCL refuses.
+
+    Meant for tests. The host waits until the device has computed and copied the tensor.
+    """
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """See :class:`Outgoing`."""
+        copy = HostCopy(tensor.detach().contiguous())
+        self._sends.send(copy.wait(), self._peer)
+
+
+class HostIncoming(DirectIncoming):
+    """Receives through the host's memory over gloo, see :class:`HostOutgoing`."""
+
+    def receive(self) -> torch.Tensor:
+        """See :class:`Incoming`."""
+        # The allocator keeps a pinned buffer from reuse until a copy out of it that is under way is done.
+        return super().receive().to(self._device, non_blocking=True)
+
+    def _buffer(self) -> torch.Tensor:
+        return host_buffer(self._shape, self._dtype, for_device=self._device)
+
+
+class TensorPair:
+    """The :class:`~.tied_embeddings.TensorExchange` of two ranks, each direction on a process group of its own."""
+
+    def __init__(self, to_other: Outgoing, from_other: Incoming) -> None:
+        self._to_other, self._from_other = to_other, from_other
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        self._to_other.send(tensor)
+        self._from_other.post()
+
+    def receive(self) -> torch.Tensor:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        return self._from_other.receive()
+
+
+class _Posted:
+    """An :class:`Incoming` whose tensors are known by micro-batch, and are leaves of their own graphs."""
+
+    def __init__(self, incoming: Incoming) -> None:
+        self._incoming = incoming
+        self._microbatches: deque[int] = deque()
+
+    def post(self, microbatch: int) -> None:
+        self._microbatches.append(microbatch)
+        self._incoming.post()
 
     def receive(self, microbatch: int) -> torch.Tensor:
-        posted, buffer, work = self._posted.popleft()
+        posted = self._microbatches.popleft()
         if posted != microbatch:
             raise RuntimeError(f"micro-batch {microbatch} awaited, {posted} was posted: a bug in the plan")
-        work.wait()
-        return buffer
-
-    def send(self, tensor: torch.Tensor, destination: int) -> None:
-        # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
-        self._sends.send(tensor.detach().contiguous(), destination)
+        return self._incoming.receive().requires_grad_()
 
     def drain(self) -> None:
-        if self._posted:
-            raise RuntimeError(f"receives of micro-batches {[p[0] for p in self._posted]} posted across a drain")
-        self._sends.drain()
+        self._incoming.drain()
 
 
 class _Records:
@@ -139,31 +220,31 @@ class _Records:
         self._sends.drain()
 
 
-class P2PLink:
-    """Transfers over Megatron's :class:`P2PCommunicator`, activations and gradients on process groups of their own.
+@dataclass(frozen=True)
+class Neighbour:
+    """The stage before or after: its rank, and a direction each way, activations one way and gradients the other."""
 
-    Receives are posted ahead and sends not waited for, so the communicators supply ranks and groups, and the transfers
-    are plain ``isend``/``irecv``. (Their own calls pair a send with a receive and wait for both, and use the world
-    group for one direction when there are two stages.)
+    rank: int
+    outgoing: Outgoing
+    incoming: Incoming
+
+
+class P2PLink:
+    """Transfers to and from the neighbours, each direction between two stages on a process group of its own.
+
+    Receives are posted ahead and sends not waited for. So no transfer queues behind one of another pair or direction: see
+    docs/design.md, Transfers.
     """
 
     def __init__(
-        self,
-        activations: P2PCommunicator,
-        gradients: P2PCommunicator,
-        shape: tuple[int, ...],
-        device: torch.device,
-        records: dist.ProcessGroup,
-        record_lag: int,
-        sends_in_flight: int,
+        self, previous: Neighbour | None, following: Neighbour | None, records: dist.ProcessGroup, record_lag: int
     ) -> None:
-        """``shape`` is that of every transferred tensor: (sequence, micro-batch size, hidden). ``records`` is a gloo group
-        of the same ranks, and ``record_lag`` after how many updates a total is everywhere.
-        ``sends_in_flight`` in each direction are never waited for, see plan/schedules.py.
+        """``previous`` is None on the first stage, ``following`` on the last. ``records`` is a gloo group of all stages, and
+        ``record_lag`` after how many updates a total is everywhere.
         """
-        self._communicator = activations
-        self._activations = _Channel(activations, shape, device, sends_in_flight)
-        self._gradients = _Channel(gradients, shape, device, sends_in_flight)
+        self._previous, self._following = previous, following
+        self._activations = _Posted(previous.incoming) if previous is not None else None
+        self._gradients = _Posted(following.incoming) if following is not None else None
         # Stage s-1 has read report k by the time s reports k + lag; totals are read sooner.
         self._reports, self._totals = (_Records(records, record_lag + 1) for _ in range(2))
 
@@ -173,49 +254,57 @@ class P2PLink:
 
     def post_receive_forward(self, microbatch: int) -> None:
         """See :class:`StageLink`."""
-        self._activations.post_receive(microbatch, self._communicator.prev_rank)
+        assert self._activations is not None
+        self._activations.post(microbatch)
 
     def receive_forward(self, microbatch: int) -> torch.Tensor | None:
         """See :class:`StageLink`."""
-        return None if self._communicator.is_pp_first_stage else self._activations.receive(microbatch)
+        return None if self._activations is None else self._activations.receive(microbatch)
 
     def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
         """See :class:`StageLink`."""
-        self._activations.send(activation, self._communicator.next_rank)
+        assert self._following is not None
+        self._following.outgoing.send(activation)
 
     def post_receive_backward(self, microbatch: int) -> None:
         """See :class:`StageLink`."""
-        self._gradients.post_receive(microbatch, self._communicator.next_rank)
+        assert self._gradients is not None
+        self._gradients.post(microbatch)
 
     def receive_backward(self, microbatch: int) -> torch.Tensor | None:
         """See :class:`StageLink`."""
-        return None if self._communicator.is_pp_last_stage else self._gradients.receive(microbatch)
+        return None if self._gradients is None else self._gradients.receive(microbatch)
 
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
         """See :class:`StageLink`."""
-        self._gradients.send(gradient, self._communicator.prev_rank)
+        assert self._previous is not None
+        self._previous.outgoing.send(gradient)
 
     def receive_report(self) -> Record:
         """See :class:`StageLink`."""
-        if self._communicator.is_pp_last_stage:
-            return Record()
-        return self._reports.receive(self._communicator.next_rank)
+        return Record() if self._following is None else self._reports.receive(self._following.rank)
 
     def send_report(self, record: Record) -> None:
         """See :class:`StageLink`."""
-        if not self._communicator.is_pp_first_stage:
-            self._reports.send(record, self._communicator.prev_rank)
+        if self._previous is not None:
+            self._reports.send(record, self._previous.rank)
 
     def receive_total(self) -> Record | None:
         """See :class:`StageLink`."""
-        return None if self._communicator.is_pp_first_stage else self._totals.receive(self._communicator.prev_rank)
+        return None if self._previous is None else self._totals.receive(self._previous.rank)
 
     def send_total(self, record: Record) -> None:
         """See :class:`StageLink`."""
-        if not self._communicator.is_pp_last_stage:
-            self._totals.send(record, self._communicator.next_rank)
+        if self._following is not None:
+            self._totals.send(record, self._following.rank)
 
     def drain(self) -> None:
         """See :class:`StageLink`."""
-        for channel in (self._activations, self._gradients, self._reports, self._totals):
-            channel.drain()
+        for posted in (self._activations, self._gradients):
+            if posted is not None:
+                posted.drain()
+        for neighbour in (self._previous, self._following):
+            if neighbour is not None:
+                neighbour.outgoing.drain()
+        self._reports.drain()
+        self._totals.drain()

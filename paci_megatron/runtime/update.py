@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .control import Control, Record
+from .device import HostCopy
 from .tied_embeddings import TiedEmbedding
 
 
@@ -18,6 +19,16 @@ class UpdateResult:
 
     successful: bool
     grad_norm: float | None
+
+
+class WindowReadings(Protocol):
+    """What else a window has to tell the host."""
+
+    def begin(self) -> None:
+        """The window's work is queued: start copying. Returns at once."""
+
+    def end(self) -> None:
+        """The device has been waited for: act on what was copied."""
 
 
 class StageUpdate:
@@ -31,14 +42,15 @@ class StageUpdate:
         control: Control,
         finalize_gradients: Callable[[], None],
         samples_per_update: int,
-        take_num_tokens: Callable[[], int] | None = None,
+        take_num_tokens: Callable[[], torch.Tensor | None] | None = None,
+        readings: WindowReadings | None = None,
         remarks: Callable[[int], Record] = lambda update: Record(),
         tied: TiedEmbedding | None = None,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
         the stage (data, tensor, context parallel). ``remarks`` is what else the stage tells the others beside an update's
         gradients. With a per-token loss ``take_num_tokens`` is the window's number of
-        tokens, 0 on all but the last stage.
+        tokens, (1,), None on all but the last stage.
         """
         self._model = model
         self._optimizer = optimizer
@@ -48,6 +60,7 @@ class StageUpdate:
         self._samples_per_update = samples_per_update
         self._take_num_tokens = take_num_tokens
         self._remarks = remarks
+        self._readings = readings
         self._tied = tied
         self._parameters = tuple(model.parameters())
         self._later = Record()
@@ -61,17 +74,19 @@ class StageUpdate:
         """Complete the window's gradients, and tell the other stages what they need to know of them."""
         later = self._later
         self._finalize_gradients()
-        own_tokens = 0
-        if self._take_num_tokens is not None:
-            own_tokens = self._take_num_tokens()
-            self._model.scale_gradients(1.0 / max(own_tokens + later.num_tokens, 1.0))
+        own_tokens = self._divide_by_tokens(later) if self._take_num_tokens is not None else None
         if self._tied is not None:
             self._tied.report()
         self._optimizer.prepare_grads()
+        if self._readings is not None:
+            self._readings.begin()
         # Over the ranks that share the stage, see host/context.py. In steady state this is the update's only wait for the
-        # device.
+        # device: everything else that the host reads has been copied by then.
         norm = float(self._optimizer.get_grad_norm())
-        own = self._remarks(update)._replace(squared_norm=norm * norm, num_tokens=own_tokens)
+        if self._readings is not None:
+            self._readings.end()
+        num_tokens = float(own_tokens.wait()) if own_tokens is not None else 0.0
+        own = self._remarks(update)._replace(squared_norm=norm * norm, num_tokens=num_tokens)
         self._control.report(update, own, later)
 
     def pass_total(self, update: int) -> None:
@@ -99,6 +114,17 @@ class StageUpdate:
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()
         return UpdateResult(applies, control.total(update).norm if control.is_drained(update) else None)
+
+    def _divide_by_tokens(self, later: Record) -> HostCopy | None:
+        """Make gradients of summed losses those of the mean; the last stage's number of tokens, on its way to the host."""
+        assert self._take_num_tokens is not None
+        num_tokens = self._take_num_tokens()
+        if num_tokens is None:
+            self._model.scale_gradients(1.0 / max(later.num_tokens, 1.0))
+            return None
+        # Divided on the device, in double precision and then rounded, as the other stages' hosts do.
+        self._model.scale_gradients(1.0 / num_tokens.double().clamp(min=1.0).view(()))
+        return HostCopy(num_tokens)
 
     def _drop_gradients(self) -> None:
         """Leave the optimizer nothing to step, but for the tied embedding, which the other stage may step."""

@@ -46,9 +46,13 @@ class StageMeter:
     def __init__(self, stage_index: int, num_stages: int, device: torch.device) -> None:
         self.stage_index = stage_index
         self.num_stages = num_stages
+        self.device = device
+        self.saved_activation_bytes: int | None = None  # the most that was left for backwards, where it was counted
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0
+        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
+        self._interval_since = self._interval_busy_s = 0.0
         self._interval_bubble: float | None = None
         self.restart()
 

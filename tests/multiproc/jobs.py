@@ -25,6 +25,7 @@ from .evaluation_jobs import (  # noqa: F401 - jobs by name
     next_tokens,
     refused_evaluation,
 )
+from .link_jobs import exchange_by_plan  # noqa: F401 - a job by name
 
 
 @dataclass

@@ -33,6 +33,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_transfer_timeout": 600.0,
         "paci_drain_interval": None,
         "paci_emulate_stages": None,
+        "paci_link": "p2p",
         "paci_weight_policy": "latest",
         "paci_extra_in_flight": 0,
         "paci_trace_dir": None,

@@ -28,7 +28,7 @@ def test_install_replaces_every_target_and_uninstall_restores_all() -> None:
         SNAPSHOT
         + """
 import importlib
-points = [p for p in patches.PATCH_POINTS if not (had_cuda and p.cpu_only)]
+points = [p for p in patches.PATCH_POINTS if not (p.cpu_only if had_cuda else p.gpu_only)]
 def values():
     out = []
     for p in points:
@@ -119,7 +119,19 @@ def test_one_line_is_logged_for_each_patch_point() -> None:
     from paci_megatron.host.patches import PATCH_POINTS
 
     for point in PATCH_POINTS:
-        assert f"{point}: {point.reason}" in done.stdout or point.cpu_only
+        assert f"{point}: {point.reason}" in done.stdout or point.cpu_only or point.gpu_only
+
+
+def test_patch_points_for_gpus_are_in_the_installed_megatron_too() -> None:
+    run(
+        """
+from paci_megatron.host import cpu, patches
+cpu.activate()
+points = [point for point in patches.PATCH_POINTS if point.gpu_only]
+assert points and all(callable(patches._find(point)[2]) for point in points)
+assert all(callable(patches._factory(point)) for point in points)
+"""
+    )
 
 
 def test_the_schedule_has_the_signature_of_megatrons_pipelining_functions() -> None:

@@ -1,0 +1,127 @@
+"""Jobs on the transfers between stages, without a training: also run on GPUs, over NCCL."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import paci_megatron
+from paci_megatron.plan import Kind, paci, with_transfers
+from paci_megatron.runtime.links import P2PLink
+
+UPDATES, A = 4, 3
+SHAPE = (4, 2, 8)
+
+
+@dataclass
+class LinkResult:
+    """What one rank saw: the groups it made, in order, what used each, and whether every tensor was the right one."""
+
+    created: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    uses: set[tuple[str, tuple[int, ...], str]] = field(default_factory=set)  # group, its ranks, "send" or "receive"
+    received: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def exchange_by_plan(link: str, device: str = "cpu") -> LinkResult:
+    """Set up a pipeline of all ranks and send, by a stage's plan, tensors that say who sent them."""
+    result = LinkResult()
+    paci_megatron.install()
+    try:
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(1, dist.get_world_size())
+        with _recorded(result):
+            _exchange(result, link, torch.device(device))
+        parallel_state.destroy_model_parallel()
+    finally:
+        paci_megatron.uninstall()
+    dist.barrier()
+    return result
+
+
+def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
+    from paci_megatron.host import wiring
+
+    args = argparse.Namespace(paci_link=link, distributed_timeout_minutes=2)
+    config = SimpleNamespace(pipeline_dtype=torch.bfloat16, virtual_pipeline_model_parallel_size=None)
+    make = wiring.p2p_links(args, config, SHAPE, device)
+    like = torch.empty(SHAPE, device=device) if dist.get_rank() in (0, dist.get_world_size() - 1) else None
+    exchange = wiring.tied_exchange(args, like, device)
+    for _ in range(2):  # a plan, and the next after its drain
+        stage_link = make(2)
+        _run_plan(result, stage_link, device)
+        stage_link.drain()
+    if exchange is not None:
+        pair = exchange(1)
+        for value in range(3):
+            pair.send(torch.full(SHAPE, float(value), device=device))
+        for value in range(3):
+            _compare(result, f"tied {value}", pair.receive(), value)
+
+
+def _run_plan(result: LinkResult, link: P2PLink, device: torch.device) -> None:
+    """The transfers of this stage's plan, up to a drain. Each tensor is the micro-batch's number, gradients negative."""
+
+    def is_drain(update: int) -> bool:
+        return update == UPDATES
+
+    stage, num_stages = dist.get_rank(), dist.get_world_size()
+    for action in with_transfers(paci(stage, num_stages, A, is_drain), stage, num_stages, A, is_drain):
+        value = torch.full(SHAPE, float(action.index), dtype=torch.bfloat16, device=device)
+        match action.kind:
+            case Kind.RECV_FORWARD:
+                link.post_receive_forward(action.index)
+            case Kind.FORWARD:
+                _compare(result, str(action), link.receive_forward(action.index), action.index)
+            case Kind.SEND_FORWARD:
+                link.send_forward(action.index, value)
+            case Kind.RECV_BACKWARD:
+                link.post_receive_backward(action.index)
+            case Kind.BACKWARD:
+                _compare(result, str(action), link.receive_backward(action.index), -action.index)
+            case Kind.SEND_BACKWARD:
+                link.send_backward(action.index, -value)
+            case Kind.UPDATE if action.index == UPDATES:
+                return
+
+
+def _compare(result: LinkResult, what: str, tensor: torch.Tensor | None, value: int) -> None:
+    if tensor is None:
+        return
+    result.received += 1
+    if not torch.equal(tensor.detach().cpu().float(), torch.full(SHAPE, float(value))):
+        result.wrong.append(f"{what}: {tensor.flatten()[0]} for {value}")
+
+
+@contextlib.contextmanager
+def _recorded(result: LinkResult) -> Iterator[None]:
+    """Note every group that is made, and every transfer by group."""
+    originals = dist.new_group, dist.isend, dist.irecv
+    names: dict[Any, str] = {}
+
+    def new_group(ranks: list[int], *args: Any, **named: Any) -> Any:
+        result.created.append((named["group_desc"], tuple(ranks)))
+        group = originals[0](ranks, *args, **named)
+        names[group] = named["group_desc"]
+        return group
+
+    def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
+        result.uses.add((names[group], tuple(dist.get_process_group_ranks(group)), "send"))
+        return originals[1](tensor, dst=dst, group=group)
+
+    def irecv(tensor: torch.Tensor, src: int, group: Any) -> Any:
+        result.uses.add((names[group], tuple(dist.get_process_group_ranks(group)), "receive"))
+        return originals[2](tensor, src=src, group=group)
+
+    for name, replacement in (("new_group", new_group), ("isend", isend), ("irecv", irecv)):
+        setattr(dist, name, replacement)
+    yield
+    dist.new_group, dist.isend, dist.irecv = originals

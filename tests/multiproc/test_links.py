@@ -1,0 +1,46 @@
+"""Transfers between stages: groups by pair and direction, and the way through the host's memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated
+from .link_jobs import UPDATES, A, LinkResult
+
+
+@pytest.mark.parametrize(("num_stages", "link"), [(2, "p2p"), (4, "p2p"), (4, "host")])
+def test_each_direction_of_each_pair_has_a_group_of_its_own(pool: GetPool, num_stages: int, link: str) -> None:
+    results: list[LinkResult] = pool(num_stages).run("exchange_by_plan", link=link)
+    assert [result.wrong for result in results] == [[]] * num_stages
+    both_ways = 2 * 2 * UPDATES * A  # two plans; the stages at the ends have one neighbour, and the tied exchange
+    assert [r.received for r in results] == [both_ways // 2 + 3, *[both_ways] * (num_stages - 2), both_ways // 2 + 3]
+    # All ranks make all groups, in the same order.
+    assert all(result.created == results[0].created for result in results)
+    pairs = [(stage, stage + 1) for stage in range(num_stages - 1)]
+    for name in ("PACI_ACTIVATIONS", "PACI_GRADIENTS"):
+        assert [ranks for group, ranks in results[0].created if group == name] == pairs
+    # Who sends on a group never receives on it, and both of its ranks use it.
+    for rank, result in enumerate(results):
+        for name, ranks, way in result.uses:
+            down = name in ("PACI_ACTIVATIONS", "PACI_TIED_FROM_FIRST")
+            if name != "PACI_RECORDS":
+                assert way == ("send" if (rank == ranks[0]) == down else "receive"), (rank, name, ranks)
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_through_the_host_training_is_the_same_bit_for_bit(
+    pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int
+) -> None:
+    argv = arguments(corpus, num_stages, 3, "--clip-grad", "0.5")
+    argv.remove("--untie-embeddings-and-output-weights")
+    direct = pool(num_stages).run("train", argv=[*argv, *PACI])
+    through_host = pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-link", "host"])
+    assert_same_bits(direct, through_host)
+    assert_same_run(through_host, one_process(emulated([*argv, *PACI])))
+
+
+def test_through_the_host_megatrons_own_schedule_is_the_same_bit_for_bit(pool: GetPool, corpus: str) -> None:
+    argv = arguments(corpus, 4, 3)
+    direct = pool(4).run("train", argv=argv)
+    assert len(direct[-1].evaluations) == 2
+    assert_same_bits(direct, pool(4).run("train", argv=[*argv, "--paci-link", "host"]))

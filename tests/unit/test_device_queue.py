@@ -1,0 +1,80 @@
+"""With CUDA_DEVICE_MAX_CONNECTIONS=1 a GPU starts its work strictly in the order in which it was queued. Plans still run.
+
+Megatron sets it for tensor parallelism. All streams then share one queue: whatever waits, for a transfer or for the one
+before it on the same communicator, holds up everything queued behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from paci_megatron.plan import Action, Kind, paci, with_transfers
+from paci_megatron.plan.records import with_records
+
+RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
+SENDS = {Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD), Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD)}
+TRANSFERS = RECEIVES | SENDS
+NEEDS = {Kind.FORWARD: Kind.RECV_FORWARD, Kind.BACKWARD: Kind.RECV_BACKWARD}
+RECORDS = {Kind.REPORT: 1, Kind.TOTAL: -1}
+
+
+def plan_of(stage: int, num_stages: int, a: int, updates: int) -> list[Action]:
+    """A stage's actions up to a drain at ``updates``."""
+
+    def is_drain(update: int) -> bool:
+        return update == updates
+
+    actions = with_transfers(paci(stage, num_stages, a, is_drain), stage, num_stages, a, is_drain)
+    plan = []
+    for action in with_records(actions, num_stages, a, is_drain):
+        plan.append(action)
+        if action.kind is Kind.UPDATE and action.index == updates:
+            break
+    return plan
+
+
+def stuck(plans: Sequence[Sequence[Action]], by_direction: bool = True) -> list[Action]:
+    """Where the stages' queues stop for good, each strictly in order; empty if all come to their ends.
+
+    A communicator carries its transfers in order: there is one for each pair of stages and direction, or one for each pair.
+    """
+    position = [0] * len(plans)
+    started: list[set[Action]] = [set() for _ in plans]
+
+    def is_complete(stage: int, action: Action) -> bool:
+        """Whether a transfer of this stage is done: started on both sides."""
+        offset, counterpart = TRANSFERS[action.kind]
+        return action in started[stage] and Action(counterpart, action.index) in started[stage + offset]
+
+    def may_start(stage: int, action: Action) -> bool:
+        if action.kind in TRANSFERS:
+            same = {action.kind} if by_direction else {k for k in TRANSFERS if TRANSFERS[k][0] == TRANSFERS[action.kind][0]}
+            return all(is_complete(stage, earlier) for earlier in started[stage] if earlier.kind in same)
+        if action.kind in NEEDS:
+            receive = Action(NEEDS[action.kind], action.index)
+            return not 0 <= stage + RECEIVES[receive.kind][0] < len(plans) or is_complete(stage, receive)
+        if action.kind in RECORDS:
+            neighbour = stage + RECORDS[action.kind]
+            return not 0 <= neighbour < len(plans) or action in started[neighbour]
+        return True
+
+    progress = True
+    while progress:
+        progress = False
+        for stage, plan in enumerate(plans):
+            while position[stage] < len(plan) and may_start(stage, plan[position[stage]]):
+                started[stage].add(plan[position[stage]])
+                position[stage] += 1
+                progress = True
+    return [plan[at] for plan, at in zip(plans, position, strict=True) if at < len(plan)]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("a", [1, 2, 3, 8])
+def test_a_plan_runs_through_a_single_queue(num_stages: int, a: int) -> None:
+    plans = [plan_of(stage, num_stages, a, updates=6) for stage in range(num_stages)]
+    assert stuck(plans) == []
+    # A receive posted ahead of a send to the same stage would hold it up.
+    assert stuck(plans, by_direction=False) != []
