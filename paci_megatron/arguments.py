@@ -50,6 +50,12 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "forward's, from copies (PipeDream). double-buffer: all of a window meets the same version, the last but one, from "
         "one copy (PipeDream-2BW).",
     )
+    _add_running_arguments(group)
+    _add_safety_arguments(group)
+    return parser
+
+
+def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--paci-emulate-stages",
         type=int,
@@ -81,8 +87,6 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "computing, waiting and transfers apart, and the computing of each layer. tools/plan_schedule.py --trace draws it. "
         "Works with either schedule.",
     )
-    _add_safety_arguments(group)
-    return parser
 
 
 def _add_safety_arguments(group: argparse._ArgumentGroup) -> None:
