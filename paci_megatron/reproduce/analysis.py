@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,9 +105,10 @@ class Analysis:
             [[st.Point(e[1], e[0] / period * period_s, e[3]) for e in run.evaluations()] for run in self.by_arm[arm]]
         )
 
-    def reference(self, batch_size: int) -> Arm | None:
-        """The flush arm of this batch with the most seeds, the first of equals."""
-        flush = [arm for arm in self.arms if arm.is_flush and arm.is_plain and arm.batch_size == batch_size]
+    def reference(self, batch_size: int, lr_factor: float = 1.0) -> Arm | None:
+        """The flush arm of this batch and learning rate with the most seeds, the first of equals."""
+        plain = [arm for arm in self.arms if arm.is_flush and dataclasses.replace(arm, lr_factor=1.0).is_plain]
+        flush = [arm for arm in plain if (arm.batch_size, arm.lr_factor) == (batch_size, lr_factor)]
         return max(flush, key=lambda arm: len(self.by_arm[arm]), default=None)
 
     def flush_curve(self, batch_size: int, count: int) -> st.Curve | None:
@@ -163,7 +165,7 @@ class Analysis:
 
     def _against_flush(self, arm: Arm) -> dict[str, Any] | None:
         """The relative difference of perplexity to flush at the same batch, by seed, beside flush's own spread."""
-        reference = self.reference(arm.batch_size)
+        reference = self.reference(arm.batch_size, arm.lr_factor)
         if reference is None or reference is arm:
             return None
         flush = {run.seed: run.final_loss() for run in self.by_arm[reference]}

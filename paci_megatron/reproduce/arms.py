@@ -21,6 +21,7 @@ class Arm:
     batch_size: int
     clip_grad: float = 0.0
     recompute: bool = False
+    lr_factor: float = 1.0
     weight_policy: str = "latest"
     is_extra: bool = False
     max_seeds: int | None = None
@@ -38,13 +39,14 @@ class Arm:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the schedule and the batch distinguishes it."""
-        return not self.clip_grad and not self.recompute and self.weight_policy == "latest"
+        return not self.clip_grad and not self.recompute and self.lr_factor == 1 and self.weight_policy == "latest"
 
     @property
     def name(self) -> str:
         """The folder's name, and what ``--arms`` selects by: ``paci-b16-a8``, ``flush-b16-a8``, ``paci-b16-a2-clip``."""
         parts = ["flush" if self.is_flush else "paci", f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
         parts += ["clip"] * bool(self.clip_grad) + ["recompute"] * self.recompute
+        parts += [f"lr{self.lr_factor:g}"] * (self.lr_factor != 1)
         return "-".join(parts + [self.weight_policy] * (self.weight_policy != "latest"))
 
     @property
@@ -109,7 +111,7 @@ class Study:
 
     def lr(self, arm: Arm) -> float:
         """The arm's peak learning rate, which goes with the square root of its batch."""
-        return float(f"{self.peak_lr * math.sqrt(arm.batch_size / self.lr_batch_size):.6g}")
+        return float(f"{arm.lr_factor * self.peak_lr * math.sqrt(arm.batch_size / self.lr_batch_size):.6g}")
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every arm and seed in the order to run them: seed after seed, each with the main arms first."""
@@ -120,17 +122,16 @@ class Study:
 
 
 def _pairs(batch_sizes: Iterable[int], counts: tuple[int, ...], repeat_flush: bool) -> tuple[Arm, ...]:
-    """Flush and PACI for every batch size and number of micro-batches; the second number comes first.
+    """Flush and PACI for every batch size and number of micro-batches.
 
     Under flush the micro-batches of an update only cut the same batch differently, so losses agree to rounding. Without
-    ``repeat_flush`` one number of micro-batches has all seeds, and the others are trained once to show it. With measured
-    times all must be.
+    ``repeat_flush`` the first number of micro-batches has all seeds, and the others are trained once to show it. With
+    measured times all must be.
     """
-    reference = counts[1]
     return tuple(
-        Arm(schedule, a, batch, max_seeds=1 if schedule == "1f1b" and a != reference and not repeat_flush else None)
+        Arm(schedule, a, batch, max_seeds=1 if schedule == "1f1b" and a != counts[0] and not repeat_flush else None)
         for batch in batch_sizes
-        for a in sorted(counts, key=lambda a: a != reference)
+        for a in counts
         for schedule in ("1f1b", "paci")
     )
 
@@ -158,11 +159,15 @@ _SMALL: dict[str, Any] = {
 
 
 def _extras(batch_size: int) -> tuple[Arm, ...]:
-    """Where drift is large, with and without clipping; recomputation; the weight policies of others. One seed each."""
+    """Where drift is large, with and without clipping; recomputation; a high learning rate; the weight policies of others.
+
+    One seed each.
+    """
     return (
         *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
-        Arm("1f1b", 8, batch_size, 1.0, is_extra=True, max_seeds=1),
+        Arm("1f1b", 4, batch_size, 1.0, is_extra=True, max_seeds=1),
         Arm("paci", 4, batch_size, recompute=True, is_extra=True, max_seeds=1),
+        *(Arm(s, 8, batch_size, lr_factor=4.0, is_extra=True, max_seeds=1) for s in ("1f1b", "paci")),
         *(Arm("paci", 8, batch_size, weight_policy=p, is_extra=True, max_seeds=1) for p in ("stash", "double-buffer")),
     )
 
@@ -176,10 +181,10 @@ def _small() -> Study:
         arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16)),
         seeds=(1, 2, 3),
         seq_length=32,
-        tokens=409_600,
-        # The paper's rates: the larger batch has that of its larger one.
+        tokens=327_680,
+        # The paper's rule, which makes small rates of small batches.
         peak_lr=3e-4,
-        lr_batch_size=32,
+        lr_batch_size=256,
         flags={**_SMALL, **model},
         vocab_size=2048,
     )

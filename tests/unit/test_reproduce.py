@@ -45,7 +45,7 @@ def test_the_small_set_is_the_issues() -> None:
             assert {f"flush-b{batch}-a{a}", f"paci-b{batch}-a{a}"} <= set(names)
     extras = (
         *("paci-b16-a1", "paci-b16-a1-clip", "paci-b16-a2", "paci-b16-a2-clip", "paci-b16-a4-recompute"),
-        *("paci-b16-a8-stash", "paci-b16-a8-double-buffer"),
+        *("paci-b16-a8-stash", "paci-b16-a8-double-buffer", "flush-b16-a8-lr4", "paci-b16-a8-lr4"),
     )
     assert set(extras) <= {arm.name for arm in study.arms if arm.is_extra}
     assert study.num_stages == 8 and study.seeds == (1, 2, 3) and study.is_emulated
@@ -59,7 +59,7 @@ def test_the_main_arms_of_the_first_seed_come_first_and_each_run_once() -> None:
     assert runs[: len(main)] == [(arm, 1) for arm in main]
     assert len(set(runs)) == len(runs)
     flush_seeds = {arm.name: sum(other is arm for other, _ in runs) for arm in main if arm.is_flush}
-    assert flush_seeds == {f"flush-b{b}-a{a}": 3 if a == 8 else 1 for b in (16, 32) for a in (4, 8, 16)}
+    assert flush_seeds == {f"flush-b{b}-a{a}": 3 if a == 4 else 1 for b in (16, 32) for a in (4, 8, 16)}
 
 
 @pytest.mark.parametrize("name", SETS)
