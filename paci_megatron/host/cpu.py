@@ -142,7 +142,7 @@ def _cuda_type(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def type_of(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
 
     return type_of
 

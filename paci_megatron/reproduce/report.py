@@ -85,7 +85,8 @@ def _final(report: dict[str, Any]) -> list[str]:
     ]
     note = (
         "Validation is on all held-out sequences after training. Against flush: at the same batch, rate and seed, mean "
-        "and spread of the differences. The training loss is the mean of the last eighth of the updates or so (one evaluation period). "
+        "and spread of the differences. The training loss is the mean of the last eighth of the updates or so (one "
+        "evaluation period). "
         "Drift is met at the first stage at most; the stage mean is that of the steady state."
     )
     spreads = {

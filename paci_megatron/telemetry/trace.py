@@ -7,7 +7,6 @@ update, and a ``drain`` where the plan ends. trace_file.py reads them.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from paci_megatron.plan import Action, Kind
 from paci_megatron.plan.actions import TRANSFER_KINDS
 from paci_megatron.runtime.device import DeviceClock, Moment
 
+from .metrics_file import open_to_append
 from .trace_file import EMBEDDING, INPUT, LOSS, OUTPUT, layer_part, trace_path
 
 _BATCH = 128  # actions that are written together
@@ -55,7 +55,7 @@ class StageTrace:
         self._num_stages = num_stages
         self._run = run
         self._clock = DeviceClock(device)
-        self._stream = _open_to_append(trace_path(folder, stage_index))
+        self._stream = open_to_append(trace_path(folder, stage_index))
         self._head = EMBEDDING if stage_index == 0 else INPUT
         self._tail = LOSS if stage_index == num_stages - 1 else OUTPUT
         self._has_layers = False
@@ -226,13 +226,3 @@ class _LayerSums:
             taken[f"{name}_s"] = {part: round(sum_s, 7) for part, sum_s in self._seconds.get(kind, {}).items()}
             self._counts[kind], self._seconds[kind] = 0, defaultdict(float)
         return taken
-
-
-def _open_to_append(path: Path) -> TextIO:
-    """Opens ``path`` behind its last whole line: a kill may have left a part of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        begin = stream.seek(max(size - (1 << 20), 0))
-        stream.truncate(begin + stream.read().rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")
