@@ -16,6 +16,7 @@ from paci_megatron.config import (
     apply_overrides,
     check_emulation,
     check_flags,
+    check_host_link_on_gpu,
     check_options,
 )
 
@@ -201,3 +202,21 @@ def test_a_trace_works_with_either_schedule_and_emulated() -> None:
         check_options(namespace(pipeline_schedule=schedule, paci_trace_dir="x", pipeline_model_parallel_layout="Et|t|t|tL"))
     emulated = {"paci_emulate_stages": 4, "pipeline_model_parallel_size": 1, "pipeline_model_parallel_layout": "Et|t|t|tL"}
     check_options(namespace(**{"paci_trace_dir": "x", **emulated}))
+
+
+def test_the_host_link_is_refused_where_it_cannot_work() -> None:
+    check_options(namespace(paci_link="host"))
+    with pytest.raises(ConfigError, match=r"--paci-link host with --paci-emulate-stages 4: .* Remove one of the two"):
+        check_options(namespace(paci_link="host", paci_emulate_stages=4))
+    fitting = {
+        "tensor_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "use_distributed_optimizer": False,
+        "overlap_grad_reduce": False,
+    }
+    check_host_link_on_gpu(namespace(**fitting))
+    for name, value in (("tensor_model_parallel_size", 2), ("use_distributed_optimizer", True)):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ConfigError, match=f"--paci-link host with {flag}.* on a GPU.*Remove {flag}"):
+            check_host_link_on_gpu(namespace(**{**fitting, name: value}))
