@@ -10,7 +10,6 @@ import functools
 import gc
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,45 +131,28 @@ def _suppress_records() -> None:
 
 @contextlib.contextmanager
 def _measured_memory(result: RankResult) -> Iterator[None]:
-    """Measure the most that autograd holds for backwards: each storage once, without the weights."""
+    """Measure the most that autograd holds for backwards, from the first iteration on."""
     from paci_megatron.host.monitor import RunMonitor
+    from paci_megatron.runtime.saved import SavedActivations
 
-    held: Counter[int] = Counter()  # saved tensors by storage
-    weights: set[int] = set()
-    total = 0
+    begin_iteration, watched = RunMonitor.begin_iteration, SavedActivations.watched
+    saved: SavedActivations | None = None
+    with contextlib.ExitStack() as stack:
 
-    class Saved:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            nonlocal total
-            self.tensor = tensor
-            storage = tensor.untyped_storage()
-            self.key, self.size = storage.data_ptr(), storage.nbytes()
-            if self.key not in weights:
-                held[self.key] += 1
-                if held[self.key] == 1:
-                    total += self.size
-                    result.peak_activation_bytes = max(result.peak_activation_bytes, total)
+        def watched_from_here(monitor: RunMonitor) -> None:
+            nonlocal saved
+            if saved is None:
+                saved = SavedActivations(value for value in gc.get_objects() if isinstance(value, torch.nn.Parameter))
+                stack.enter_context(watched(saved))
+                if torch.accelerator.is_available():
+                    torch.accelerator.reset_peak_memory_stats()
+            begin_iteration(monitor)
 
-        def __del__(self) -> None:
-            nonlocal total
-            if self.key in held:
-                held[self.key] -= 1
-                if not held[self.key]:
-                    del held[self.key]
-                    total -= self.size
-
-    begin_iteration = RunMonitor.begin_iteration
-
-    def weights_noted(monitor: RunMonitor) -> None:
-        if not weights:
-            parameters = (value for value in gc.get_objects() if isinstance(value, torch.nn.Parameter))
-            weights.update(parameter.untyped_storage().data_ptr() for parameter in parameters)
-            if torch.accelerator.is_available():
-                torch.accelerator.reset_peak_memory_stats()
-        begin_iteration(monitor)
-
-    _replace(RunMonitor, begin_iteration=weights_noted)
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        _replace(RunMonitor, begin_iteration=watched_from_here)
+        # PACI's stages watch their first micro-batches themselves, and the innermost watch alone would see them.
+        _replace(SavedActivations, watched=lambda counter: contextlib.nullcontext())
         yield
+    assert saved is not None
+    result.peak_activation_bytes = saved.peak_bytes
     if torch.accelerator.is_available():
         result.peak_allocated_bytes = torch.accelerator.max_memory_allocated()

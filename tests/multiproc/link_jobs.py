@@ -16,6 +16,7 @@ import paci_megatron
 from paci_megatron.plan import Kind, paci, with_transfers
 from paci_megatron.runtime.links import P2PLink
 
+EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
 SHAPE = (4, 2, 8)
 
@@ -50,7 +51,7 @@ def exchange_by_plan(link: str, device: str = "cpu") -> LinkResult:
 def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     from paci_megatron.host import wiring
 
-    args = argparse.Namespace(paci_link=link, distributed_timeout_minutes=2)
+    args = argparse.Namespace(paci_link=link, paci_extra_in_flight=EXTRA, distributed_timeout_minutes=2)
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, virtual_pipeline_model_parallel_size=None)
     make = wiring.p2p_links(args, config, SHAPE, device)
     like = torch.empty(SHAPE, device=device) if dist.get_rank() in (0, dist.get_world_size() - 1) else None
@@ -74,7 +75,8 @@ def _run_plan(result: LinkResult, link: P2PLink, device: torch.device) -> None:
         return update == UPDATES
 
     stage, num_stages = dist.get_rank(), dist.get_world_size()
-    for action in with_transfers(paci(stage, num_stages, A, is_drain), stage, num_stages, A, is_drain):
+    plan = paci(stage, num_stages, A, is_drain, EXTRA)
+    for action in with_transfers(plan, stage, num_stages, A, is_drain, EXTRA):
         value = torch.full(SHAPE, float(action.index), dtype=torch.bfloat16, device=device)
         match action.kind:
             case Kind.RECV_FORWARD:
