@@ -8,7 +8,7 @@ from paci_megatron.plan.peers import find_schedule
 from paci_megatron.plan.simulate import Costs, StageCosts
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256, 512)
-SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "paci", "paci:1", "paci:N-1")
+SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "paci", "paci:N-1")
 SLACK_TITLE = "PACI, k=N-1"
 SETTINGS = ((0.0, 0.0), (0.2, 0.0), (0.0, 0.05), (0.2, 0.05))
 """Jitter, and latency as a share of a micro-batch's forward and backward."""

@@ -33,6 +33,7 @@ def write_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for axes in (left, right):
             ticks = sorted({row["microbatches_per_update"] for row in rows if row["num_stages"] == num_stages})
             axes.set(xlabel="micro-batches per update", xticks=ticks)
-            axes.legend(frameon=False)
+            if axes.lines:  # speed-ups need flush
+                axes.legend(frameon=False)
             finish(axes)
     save(figure, path)
