@@ -16,6 +16,7 @@ from paci_megatron.config import (
     apply_overrides,
     check_emulation,
     check_flags,
+    check_host_link_on_gpu,
     check_options,
 )
 
@@ -164,3 +165,21 @@ def test_a_weight_policy_needs_the_schedule() -> None:
     check_options(namespace(pipeline_schedule="1f1b"))
     with pytest.raises(ConfigError, match=r"stash with --pipeline-schedule 1f1b.*Add --pipeline-schedule"):
         check_options(namespace(paci_weight_policy="stash", pipeline_schedule="1f1b"))
+
+
+def test_the_host_link_is_refused_where_it_cannot_work() -> None:
+    check_options(namespace(paci_link="host"))
+    with pytest.raises(ConfigError, match=r"--paci-link host with --paci-emulate-stages 4: .* Remove one of the two"):
+        check_options(namespace(paci_link="host", paci_emulate_stages=4))
+    fitting = {
+        "tensor_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "use_distributed_optimizer": False,
+        "overlap_grad_reduce": False,
+    }
+    check_host_link_on_gpu(namespace(**fitting))
+    for name, value in (("tensor_model_parallel_size", 2), ("use_distributed_optimizer", True)):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ConfigError, match=f"--paci-link host with {flag}.* on a GPU.*Remove {flag}"):
+            check_host_link_on_gpu(namespace(**{**fitting, name: value}))
