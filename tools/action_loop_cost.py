@@ -109,7 +109,7 @@ class Measurement:
 
     def _bare(self) -> None:
         """The same work by Megatron's functions."""
-        from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
+        from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
 
         stage, model, config = self._stage, self._stage.model, self._stage.model_config
         for _ in range(self._updates):
@@ -128,6 +128,7 @@ class Measurement:
                         current_microbatch=microbatch,
                         is_last_stage=False,
                     )
+                    deallocate_output_tensor(output, config.deallocate_pipeline_outputs)
                     backward_step(None, output, self._gradient, config)
                 config.finalize_model_grads_func([model], None, pg_collection=stage.groups, force_all_reduce=False)
                 stage.optimizer.step()

@@ -233,8 +233,10 @@ def launcher(processes: int) -> list[str]:
 
 
 def tail(log: Path) -> list[str]:
-    """The last lines of ``log``."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    """The last lines of ``log``, without torchrun's own, which say only that a process failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    end = next((index for index, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
+    return lines[:end][-_TAIL_LINES:]
 
 
 def _end(process: subprocess.Popen[Any]) -> None:

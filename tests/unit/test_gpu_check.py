@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paci_megatron.checks import many_gpus, one_device
-from paci_megatron.checks.bench import CPU_SIZES, GPU_SIZES, Bench, StepError
+from paci_megatron.checks.bench import CPU_SIZES, GPU_SIZES, Bench, StepError, tail
 from paci_megatron.checks.outcome import (
     Check,
     Measured,
@@ -103,6 +103,11 @@ def test_a_command_that_fails_shows_the_end_of_its_log_and_is_run_once(tmp_path:
     with pytest.raises(StepError, match=r"broken failed with status 3; see .*broken.log") as caught:
         bench.command("broken", ["-c", "print('the reason'); raise SystemExit(3)"])
     assert "the reason" in str(caught.value)
+    # Of processes that torchrun started, the end of what they said, not of what it says of them.
+    (tmp_path / "torchrun.log").write_text(
+        "RuntimeError: the reason\nE1 api.py] failed (exitcode: 1) local_rank: 0\n" + 50 * "x\n"
+    )
+    assert tail(tmp_path / "torchrun.log") == ["RuntimeError: the reason"]
     with pytest.raises(StepError, match="took longer than 1 s"):
         bench.command("endless", ["-c", "import time; time.sleep(60)"], timeout_s=1)
 
