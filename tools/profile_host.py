@@ -37,9 +37,10 @@ EACH_ACTION = tuple(
         *("runtime/state", "runtime/weights", "runtime/device", "telemetry/meters", "host/readings", "host/cpu"),
     )
 )
-# Time in which the process waits for another, and in which torch hands a transfer over.
-WAITING = ("'wait' of 'torch._C._distributed_c10d.Work'", "built-in method time.sleep")
-TRANSFERS = ("isend", "irecv", "send", "recv")
+# Where the process waits for another: the profiler does not see torch's own waiting, so it is that of the function it is
+# in. And where torch takes a transfer over.
+WAITING = ((f"{PACKAGE}/runtime/links.py", "receive"), ("distributed_c10d.py", "recv"))
+TRANSFERS = (("distributed_c10d.py", "isend"), ("distributed_c10d.py", "irecv"))
 
 Function = tuple[str, int, str]
 """File, line and name, as in pstats."""
@@ -54,12 +55,11 @@ def classify(function: Function, caller: Function | None) -> str:
     Functions that are not written in Python count to what calls them.
     """
     file, _, name = function
-    if any(waiting in name for waiting in WAITING):
-        return "waiting"
     if file == "~" and caller is not None:
         return classify(caller, None)
-    if file.endswith("distributed_c10d.py") and name in TRANSFERS:
-        return "transfer"
+    for places, spent_on in ((WAITING, "waiting"), (TRANSFERS, "transfer")):
+        if any(file.endswith(end) and name == called for end, called in places):
+            return spent_on
     if file in EACH_ACTION:
         return "action"
     return "update" if file.startswith(PACKAGE) else "other"

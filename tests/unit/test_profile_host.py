@@ -10,7 +10,7 @@ EXECUTOR = (f"{PACKAGE}/runtime/executor.py", 1, "run_to_update")
 UPDATE = (f"{PACKAGE}/runtime/update.py", 1, "apply")
 MEGATRON = ("/site-packages/megatron/core/optimizer/optimizer.py", 1, "step")
 ISEND = ("/site-packages/torch/distributed/distributed_c10d.py", 1, "isend")
-WAIT = ("~", 0, "<method 'wait' of 'torch._C._distributed_c10d.Work' objects>")
+WAIT = (f"{PACKAGE}/runtime/links.py", 1, "receive")
 APPEND = ("~", 0, "<method 'append' of 'list' objects>")
 
 
