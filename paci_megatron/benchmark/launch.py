@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 import paci_megatron
 
@@ -52,15 +53,14 @@ class Launcher:
     def run(self, num_ranks: int, job: Job, logs: Path, timeout_s: float) -> list[RankResult]:
         """The results of all ranks, whose output goes to ``logs``; ``WorkerError`` if one fails or takes too long."""
         logs.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Served from here: a port that is only looked up now could be taken by the time rank 0 serves on it.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         connections, processes = [], []
         try:
             with self._child_environment():
                 for rank in range(num_ranks):
                     ours, theirs = self._context.Pipe()
-                    arguments = (rank, num_ranks, port, job, _log(logs, rank), theirs)
+                    arguments = (rank, num_ranks, store.port, job, _log(logs, rank), theirs)
                     process = self._context.Process(target=_work, args=arguments)  # type: ignore[attr-defined]
                     process.start()
                     theirs.close()
@@ -127,6 +127,9 @@ def _work(rank: int, num_ranks: int, port: int, job: Job, log: Path, connection:
         WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        # As torchrun says it: the store is there already.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     try:
         connection.send(run_rank(rank, job))
