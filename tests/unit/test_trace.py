@@ -181,6 +181,7 @@ def test_measured_and_simulated_in_every_kind_of_file(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_moments_on_a_gpu_pass_when_the_device_comes_to_them() -> None:
     clock = DeviceClock(torch.device("cuda"))
     begin = clock.now()
