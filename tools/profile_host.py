@@ -121,7 +121,7 @@ def main() -> None:
     import megatron.training.training as training
 
     train, counts = training.train, {"actions": 0, "updates": 0}
-    Executor.run_to_update = _counted(Executor.run_to_update, counts)  # type: ignore[method-assign]
+    Executor.run_to_update = _counted(Executor.run_to_update, counts)  # type: ignore[method-assign, assignment]
 
     def profiled(*positional: Any, **named: Any) -> Any:
         profiler = cProfile.Profile()

@@ -120,7 +120,7 @@ def peak_memory(bench: Bench) -> Measured:
 def loop_overhead(bench: Bench) -> Measured:
     """A stage's plan through the executor, without neighbours, against Megatron's forward, backward and update in a loop."""
     output = bench.folder / "action_loop.json"
-    updates, repeats = ("8", "7") if bench.on_gpu else ("3", "2")
+    updates, repeats = ("20", "5") if bench.on_gpu else ("3", "2")
     command = [*launcher(1), "tools/action_loop_cost.py", "--measure-output", str(output)]
     command += ["--measure-updates", updates, "--measure-repeats", repeats]
     stages = ["--paci-emulate-stages", "2", "--pipeline-schedule", "paci"]
