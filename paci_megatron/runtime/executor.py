@@ -120,6 +120,7 @@ class Executor:
             left = [entry.microbatch for entry in self.state.in_flight]
             raise RuntimeError(f"micro-batches {left} in flight at a drain: a bug in the plan")
         self._link.drain()
+        self._update.finish()
 
     def _forward(self, microbatch: int) -> None:
         input_tensor = self._link.receive_forward(microbatch)

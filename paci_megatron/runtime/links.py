@@ -178,6 +178,11 @@ class TensorPair:
         """See :class:`~.tied_embeddings.TensorExchange`."""
         return self._from_other.receive()
 
+    def drain(self) -> None:
+        """See :class:`~.tied_embeddings.TensorExchange`."""
+        self._to_other.drain()
+        self._from_other.drain()
+
 
 class _Posted:
     """An :class:`Incoming` whose tensors are known by micro-batch, and are leaves of their own graphs."""

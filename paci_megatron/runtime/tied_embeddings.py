@@ -24,6 +24,9 @@ class TensorExchange(Protocol):
     def receive(self) -> torch.Tensor:
         """Wait for the other's earliest tensor not yet taken."""
 
+    def drain(self) -> None:
+        """Wait until the other has everything sent; ``RuntimeError`` if a tensor of the other's has not been taken."""
+
 
 class TiedEmbedding:
     """One stage's replica. Both stages call the same methods for the same updates."""
@@ -64,6 +67,10 @@ class TiedEmbedding:
             if control.total(window).is_finite:
                 total.add_(gradient.mul_(control.tied_coefficient(window)))
         self._gradient.copy_(total)
+
+    def finish(self) -> None:
+        """The plan ends at a drain, where all has been applied: what the other stage is still to get must get there."""
+        self._exchange.drain()
 
     def _first_pending(self) -> int:
         return self._updates + 1 - len(self._parts) - len(self._sums)

@@ -115,6 +115,11 @@ class StageUpdate:
         self._zero_gradients()
         return UpdateResult(applies, control.total(update).norm if control.is_drained(update) else None)
 
+    def finish(self) -> None:
+        """The plan ends at a drain."""
+        if self._tied is not None:
+            self._tied.finish()
+
     def _divide_by_tokens(self, later: Record) -> HostCopy | None:
         """Make gradients of summed losses those of the mean; the last stage's number of tokens, on its way to the host."""
         assert self._take_num_tokens is not None

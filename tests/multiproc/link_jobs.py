@@ -19,6 +19,7 @@ from paci_megatron.runtime.links import P2PLink
 EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
 SHAPE = (4, 2, 8)
+TIED_SHAPE = (1024, 1024)  # large enough to be still under way when the other side is done
 
 
 @dataclass
@@ -54,7 +55,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     args = argparse.Namespace(paci_link=link, paci_extra_in_flight=EXTRA, distributed_timeout_minutes=2)
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, virtual_pipeline_model_parallel_size=None)
     make = wiring.p2p_links(args, config, SHAPE, device)
-    like = torch.empty(SHAPE, device=device) if dist.get_rank() in (0, dist.get_world_size() - 1) else None
+    like = torch.empty(TIED_SHAPE, device=device) if dist.get_rank() in (0, dist.get_world_size() - 1) else None
     exchange = wiring.tied_exchange(args, like, device)
     for _ in range(2):  # a plan, and the next after its drain
         stage_link = make(2)
@@ -63,9 +64,10 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     if exchange is not None:
         pair = exchange(1)
         for value in range(3):
-            pair.send(torch.full(SHAPE, float(value), device=device))
+            pair.send(torch.full(TIED_SHAPE, float(value), device=device))
         for value in range(3):
             _compare(result, f"tied {value}", pair.receive(), value)
+        pair.drain()
 
 
 def _run_plan(result: LinkResult, link: P2PLink, device: torch.device) -> None:
@@ -99,7 +101,7 @@ def _compare(result: LinkResult, what: str, tensor: torch.Tensor | None, value: 
     if tensor is None:
         return
     result.received += 1
-    if not torch.equal(tensor.detach().cpu().float(), torch.full(SHAPE, float(value))):
+    if not torch.equal(tensor.detach().cpu().float(), torch.full(tensor.shape, float(value))):
         result.wrong.append(f"{what}: {tensor.flatten()[0]} for {value}")
 
 
