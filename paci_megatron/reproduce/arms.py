@@ -181,7 +181,7 @@ def _small() -> Study:
         arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16)),
         seeds=(1, 2, 3),
         seq_length=32,
-        tokens=327_680,
+        tokens=655_360,
         # The paper's rule, which makes small rates of small batches.
         peak_lr=3e-4,
         lr_batch_size=256,
