@@ -4,6 +4,7 @@ replacement. What stands there before training begins is in hooks.py.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import inspect
@@ -106,6 +107,26 @@ def training_log_recorded(original: Function) -> Function:
         return result
 
     return training_log
+
+
+def memory_of_schedule_reported(original: Function) -> Function:
+    """Wrap ``report_theoretical_memory``, which takes the micro-batches between two drains and counts up to N in flight.
+
+    What ``--paci-extra-in-flight`` adds to N is not in Megatron's formula.
+    """
+
+    @functools.wraps(original)
+    def report_theoretical_memory(args: Any, num_microbatches: int, verbose: bool = False) -> Any:
+        context = contexts.current()
+        if context is not None:
+            config = context.config
+            if config.schedule == "paci":
+                num_microbatches *= config.drain_interval or config.num_stages
+            if config.emulates:  # the estimate is for one stage, as if each had its own processes
+                args = argparse.Namespace(**vars(args) | {"world_size": args.world_size * config.num_stages})
+        return original(args, num_microbatches=num_microbatches, verbose=verbose)
+
+    return report_theoretical_memory
 
 
 def _is_written(args: Any, iteration: int) -> bool:

@@ -97,6 +97,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     ),
     PatchPoint(
         _TRAINING,
+        "report_theoretical_memory",
+        "memory_of_schedule_reported",
+        "args num_microbatches verbose",
+        "assumes flush's micro-batches in flight, and a process for each stage",
+    ),
+    PatchPoint(
+        _TRAINING,
         "evaluate_and_print_results",
         "evaluation_recorded",
         "prefix forward_step_func data_iterator model iteration process_non_loss_data_func config verbose "

@@ -96,6 +96,19 @@ def test_a_bad_command_line_gets_one_line_and_no_training() -> None:
     assert not re.search(r" iteration +\d", done.stdout)
 
 
+def test_megatrons_memory_estimate_is_of_one_stage_with_all_its_micro_batches() -> None:
+    command = [
+        *("pretrain_gpt_paci.py", *MODEL, "--global-batch-size", "2", "--mock-data", "--train-iters", "2"),
+        *("--paci-emulate-stages", "2", "--use-distributed-optimizer"),
+    ]
+    paci = torchrun(*command, "--pipeline-schedule", "paci", processes=1)
+    assert paci.returncode == 0, paci.stderr[-3000:]
+    assert "Number of in-flight microbatches: 2" in paci.stdout, "N, with one micro-batch in an update"
+    flush = torchrun(*command, processes=1)
+    assert flush.returncode == 0, flush.stderr[-3000:]
+    assert "Number of in-flight microbatches: 1" in flush.stdout
+
+
 def test_usage_of_the_module() -> None:
     def module(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "paci_megatron", *arguments]
