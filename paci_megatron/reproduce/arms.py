@@ -158,8 +158,8 @@ _SMALL: dict[str, Any] = {
 }
 
 
-def _extras(batch_size: int) -> tuple[Arm, ...]:
-    """Where drift is large, with and without clipping; recomputation; a high learning rate; the weight policies of others.
+def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
+    """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate.
 
     One seed each.
     """
@@ -167,8 +167,9 @@ def _extras(batch_size: int) -> tuple[Arm, ...]:
         *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
         Arm("1f1b", 4, batch_size, 1.0, is_extra=True, max_seeds=1),
         Arm("paci", 4, batch_size, recompute=True, is_extra=True, max_seeds=1),
-        *(Arm(s, 8, batch_size, lr_factor=4.0, is_extra=True, max_seeds=1) for s in ("1f1b", "paci")),
         *(Arm("paci", 8, batch_size, weight_policy=p, is_extra=True, max_seeds=1) for p in ("stash", "double-buffer")),
+        Arm("1f1b", 4, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1),
+        *(Arm("paci", a, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1) for a in (4, 8, 16)),
     )
 
 
@@ -178,12 +179,12 @@ def _small() -> Study:
         name="small",
         num_stages=8,
         is_emulated=True,
-        arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16)),
+        arms=(*_pairs((16, 32), (4, 8, 16), repeat_flush=False), *_extras(16, 32)),
         seeds=(1, 2, 3),
         seq_length=32,
         tokens=655_360,
-        # The paper's rule, which makes small rates of small batches.
-        peak_lr=3e-4,
+        # Half the paper's: the fewer updates a run has, the more each changes, and the more a drift of one counts.
+        peak_lr=1.5e-4,
         lr_batch_size=256,
         flags={**_SMALL, **model},
         vocab_size=2048,

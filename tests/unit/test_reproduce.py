@@ -45,7 +45,8 @@ def test_the_small_set_is_the_issues() -> None:
             assert {f"flush-b{batch}-a{a}", f"paci-b{batch}-a{a}"} <= set(names)
     extras = (
         *("paci-b16-a1", "paci-b16-a1-clip", "paci-b16-a2", "paci-b16-a2-clip", "paci-b16-a4-recompute"),
-        *("paci-b16-a8-stash", "paci-b16-a8-double-buffer", "flush-b16-a8-lr4", "paci-b16-a8-lr4"),
+        *("paci-b16-a8-stash", "paci-b16-a8-double-buffer"),
+        *("flush-b32-a4-lr2", "paci-b32-a4-lr2", "paci-b32-a8-lr2", "paci-b32-a16-lr2"),
     )
     assert set(extras) <= {arm.name for arm in study.arms if arm.is_extra}
     assert study.num_stages == 8 and study.seeds == (1, 2, 3) and study.is_emulated
