@@ -22,6 +22,7 @@ class Arm:
     clip_grad: float = 0.0
     recompute: bool = False
     lr_factor: float = 1.0
+    start_fraction: float = 0.0  # of the updates, which flush before PACI begins
     weight_policy: str = "latest"
     is_extra: bool = False
     max_seeds: int | None = None
@@ -39,7 +40,11 @@ class Arm:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the schedule and the batch distinguishes it."""
-        return not self.clip_grad and not self.recompute and self.lr_factor == 1 and self.weight_policy == "latest"
+        return (
+            not (self.clip_grad or self.recompute or self.start_fraction)
+            and self.lr_factor == 1
+            and self.weight_policy == "latest"
+        )
 
     @property
     def name(self) -> str:
@@ -47,6 +52,7 @@ class Arm:
         parts = ["flush" if self.is_flush else "paci", f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
         parts += ["clip"] * bool(self.clip_grad) + ["recompute"] * self.recompute
         parts += [f"lr{self.lr_factor:g}"] * (self.lr_factor != 1)
+        parts += [f"start{self.start_fraction:.0%}".rstrip("%")] * bool(self.start_fraction)
         return "-".join(parts + [self.weight_policy] * (self.weight_policy != "latest"))
 
     @property
@@ -159,9 +165,8 @@ _SMALL: dict[str, Any] = {
 
 
 def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
-    """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate.
-
-    One seed each.
+    """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate, also
+    flushing at first. One seed each.
     """
     return (
         *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
@@ -170,6 +175,7 @@ def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
         *(Arm("paci", 8, batch_size, weight_policy=p, is_extra=True, max_seeds=1) for p in ("stash", "double-buffer")),
         Arm("1f1b", 4, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1),
         *(Arm("paci", a, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1) for a in (4, 8, 16)),
+        Arm("paci", 4, larger_batch_size, lr_factor=2.0, start_fraction=0.25, is_extra=True, max_seeds=1),
     )
 
 

@@ -141,6 +141,8 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         "eval-iters": 1,
         "eval-micro-batch-size": _largest_micro_batch(study),
     }
+    if arm.start_fraction:
+        flags["paci-start-iteration"] = round(arm.start_fraction * iterations)
     if arm.weight_policy != "latest":
         flags["paci-weight-policy"] = arm.weight_policy
     if arm.recompute:

@@ -46,7 +46,7 @@ def test_the_small_set_is_the_issues() -> None:
     extras = (
         *("paci-b16-a1", "paci-b16-a1-clip", "paci-b16-a2", "paci-b16-a2-clip", "paci-b16-a4-recompute"),
         *("paci-b16-a8-stash", "paci-b16-a8-double-buffer"),
-        *("flush-b32-a4-lr2", "paci-b32-a4-lr2", "paci-b32-a8-lr2", "paci-b32-a16-lr2"),
+        *("flush-b32-a4-lr2", "paci-b32-a4-lr2", "paci-b32-a8-lr2", "paci-b32-a16-lr2", "paci-b32-a4-lr2-start25"),
     )
     assert set(extras) <= {arm.name for arm in study.arms if arm.is_extra}
     assert study.num_stages == 8 and study.seeds == (1, 2, 3) and study.is_emulated
@@ -76,7 +76,7 @@ def test_all_arms_evaluate_and_drain_at_the_same_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_command_parses_in_the_installed_megatron(name: str, megatron_defaults: MegatronDefaults) -> None:
-    ours = {"--paci-emulate-stages", "--pipeline-schedule", "--paci-weight-policy"}
+    ours = {"--paci-emulate-stages", "--pipeline-schedule", "--paci-weight-policy", "--paci-start-iteration"}
     launcher = {"--standalone", "--nproc-per-node"}
     study = SETS[name]()
     for arm in study.arms:
