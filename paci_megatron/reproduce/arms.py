@@ -151,9 +151,9 @@ _OPTIMIZER: dict[str, Any] = {
     "weight-decay": 0.1,
     "untie-embeddings-and-output-weights": None,
 }
-# Short updates, to have many: drift costs most while the loss falls fast. The warm-up is a larger share than the paper's
-# 1 %, which is thousands of updates there. Dropout is off: training sees less than one pass, so there is nothing to overfit.
-# Narrow models learn badly from Megatron's default initialisation of 0.02.
+# Short updates at low rates, to have many: drift costs most while each of them changes much. The warm-up is a larger share
+# than the paper's 1 %, which is thousands of updates there. Dropout is off: training sees less than one pass, so there is
+# nothing to overfit. Narrow models learn badly from Megatron's default initialisation of 0.02.
 _SMALL: dict[str, Any] = {
     **_OPTIMIZER,
     "hidden-dropout": 0.0,
@@ -189,8 +189,7 @@ def _small() -> Study:
         seeds=(1, 2, 3),
         seq_length=32,
         tokens=655_360,
-        # Half the paper's: the fewer updates a run has, the more each changes, and the more a drift of one counts.
-        peak_lr=1.5e-4,
+        peak_lr=1.5e-4,  # half the paper's
         lr_batch_size=256,
         flags={**_SMALL, **model},
         vocab_size=2048,
@@ -207,7 +206,7 @@ def _processes() -> Study:
         seeds=(1, 2, 3),
         seq_length=128,
         tokens=819_200,
-        peak_lr=1e-3,
+        peak_lr=2.5e-4,
         lr_batch_size=16,
         flags={**_SMALL, **model},
         vocab_size=3072,
