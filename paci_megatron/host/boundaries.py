@@ -31,7 +31,7 @@ class Boundaries:
         self._microbatches_after = microbatches_after
         self._first_iteration = args.iteration + 1
         self._requested: set[int] = set()
-        self._flushing: range = range(0)
+        self.flushing: range = range(0)
 
     def drain_at(self, iteration: int) -> None:
         """Drain after ``iteration`` too. Every stage must hear of it before a micro-batch beyond it enters."""
@@ -39,14 +39,14 @@ class Boundaries:
 
     def fall_back_at(self, iteration: int) -> bool:
         """Drain after ``iteration``, and after each of the ``--paci-fallback`` next ones. False if that is so already."""
-        if iteration in self._flushing:
+        if iteration in self.flushing:
             return False
-        self._flushing = range(iteration, iteration + self._args.paci_fallback + 1)
+        self.flushing = range(iteration, iteration + self._args.paci_fallback + 1)
         return True
 
     def leaves_flush(self, iteration: int) -> bool:
         """Whether the stages were kept together up to ``iteration`` and are not from there on."""
-        kept = iteration == self._args.paci_start_iteration or (bool(self._flushing) and iteration == self._flushing[-1])
+        kept = iteration == self._args.paci_start_iteration or (bool(self.flushing) and iteration == self.flushing[-1])
         return kept and iteration < self._args.train_iters
 
     def is_drain(self, iteration: int) -> bool:
@@ -57,7 +57,7 @@ class Boundaries:
             n >= args.train_iters
             or n <= args.paci_start_iteration
             or n in self._requested
-            or n in self._flushing
+            or n in self.flushing
             or _divides(self._drain_interval, n)
             or self._evaluates(n)
             or (bool(args.save) and (_divides(args.save_interval, n) or _divides(args.non_persistent_save_interval, n)))

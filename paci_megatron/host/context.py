@@ -14,14 +14,14 @@ from megatron.core.utils import get_model_config, unwrap_model
 from paci_megatron.config import ConfigError, PaciConfig
 from paci_megatron.plan.records import record_lag
 from paci_megatron.plan.schedules import max_drift, max_in_flight
-from paci_megatron.runtime.control import Record, Request
+from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.emulate import run_stages_to_update
 from paci_megatron.runtime.update import UpdateResult
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import wiring
 from .boundaries import Boundaries
-from .requests import can_request, requests
+from .fallback import SpikeDetector
 from .stage import Stage, Wiring
 from .watchdog import Watchdog
 
@@ -41,6 +41,8 @@ class TrainingContext:
         self.iteration: int = args.iteration
         self.last_updates: list[UpdateResult] = []
         self._totals: dict[int, Record] = {}  # of all stages, by iteration; complete some updates later
+        self._last_judged = self.iteration
+        self._spikes = SpikeDetector()
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
             keep_loss_scale_on_host(stage.optimizer)
@@ -94,18 +96,34 @@ class TrainingContext:
         lag = record_lag(self.config.num_stages, a, self.config.extra_in_flight)
 
         def on_total(update: int, total: Record) -> None:
-            # Stages in one process tell the same, one after the other.
             iteration = begin + update
+            if iteration == self._last_judged:  # stages in one process tell the same, one after the other
+                return
+            self._last_judged = iteration
             self._totals[iteration] = total
-            asked = Request(int(total.requests))
-            if Request.EXIT in asked:
+            if total.exits:
                 self.boundaries.drain_at(iteration + lag + 1)
-            if self.args.paci_fallback and (Request.FALLBACK in asked or not total.is_finite):
-                reason = "gradients are not finite" if not total.is_finite else "the loss jumps"
-                self._fall_back(iteration, iteration + lag + 1, reason)
+            if self.args.paci_fallback:
+                self._watch(iteration, total, from_iteration=iteration + lag + 1)
 
         for stage in self.stages:
             stage.begin_plan(a, is_drain, self.args, begin, on_total)
+
+    def state_to_save(self) -> dict[str, Any]:
+        """What a checkpoint must have for a resumed run to be one that never stopped; the same on every rank."""
+        flushing = self.boundaries.flushing
+        return {
+            "last_total": self.stages[0].last_total.to_save(),
+            "losses": self._spikes.to_save(),
+            "flushing": (flushing.start, flushing.stop),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_to_save`."""
+        for stage in self.stages:
+            stage.last_total = Record(*state["last_total"])
+        self._spikes = SpikeDetector(state["losses"])
+        self.boundaries.flushing = range(*state["flushing"])
 
     def take_totals(self) -> dict[int, Record]:
         """The records of all stages together that have become known, by iteration, removed."""
@@ -125,7 +143,12 @@ class TrainingContext:
                 "bug in paci-megatron, please report it. --untie-embeddings-and-output-weights works around it."
             )
 
-    def _fall_back(self, iteration: int, from_iteration: int, reason: str) -> None:
+    def _watch(self, iteration: int, total: Record, from_iteration: int) -> None:
+        """Fall back to flushing from ``from_iteration`` on if training goes wrong. Every rank decides alike."""
+        jumps = self._spikes.is_spike(total.loss)
+        if total.is_finite and not jumps:
+            return
+        reason = "the loss jumps" if total.is_finite else "gradients are not finite"
         if self.boundaries.fall_back_at(from_iteration):
             _print_last_rank(
                 f"iteration {iteration}: {reason}; flushing as 1f1b from iteration {from_iteration + 1}, for "
@@ -201,9 +224,8 @@ def distributed_stage(
         tied = wiring.tied_exchange(args, like, device)
     links = Wiring(
         link=wiring.p2p_links(args, model_config, tuple(shape), device),
-        agree=wiring.agreement(args) if can_request(args) else lambda record: record,
+        agree=wiring.agreement(args),
         exchange=tied,
-        requests=requests,
         rank_of=torch.distributed.get_process_group_ranks(groups.pp).__getitem__,
     )
     return Stage(groups.pp.rank(), config, model, optimizer, scheduler, groups, meter, links)

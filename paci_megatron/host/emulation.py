@@ -26,8 +26,8 @@ from paci_megatron.runtime.emulate import InProcessExchange, InProcessLink, in_p
 from paci_megatron.telemetry.meters import StageMeter
 
 from .context import TrainingContext
-from .requests import requests
 from .stage import Stage, Wiring
+from .wiring import agreement
 
 
 class PipelinePlace:
@@ -206,7 +206,8 @@ def _build_stage(
         model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
     meter = StageMeter(index, config.num_stages, torch.device(next(model[0].parameters()).device))
     exchange_of_plan = (lambda record_lag: exchange) if exchange is not None else None
-    wiring = Wiring(link=lambda record_lag: link, exchange=exchange_of_plan, requests=requests)
+    agree = agreement(args) if index == 0 else lambda record: record
+    wiring = Wiring(link=lambda record_lag: link, agree=agree, exchange=exchange_of_plan)
     return Stage(index, config, model[0], optimizer, scheduler, world.groups, meter, wiring, world.active)
 
 

@@ -17,7 +17,6 @@ from megatron.core.utils import unwrap_model
 
 from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags, check_options
-from paci_megatron.runtime.control import Record
 from paci_megatron.telemetry.meters import StageMeter
 
 from . import context as contexts
@@ -163,9 +162,8 @@ def _begin_plans(args: Any, stages: list[Stage]) -> None:
 
     boundaries = _begin_monitor(args, [stage.meter for stage in stages])
     context = contexts.TrainingContext(PaciConfig.from_args(args), args, boundaries, stages)
-    if getattr(args, "paci_last_total", None) is not None:  # from a checkpoint
-        for stage in stages:
-            stage.last_total = Record(*args.paci_last_total)
+    if getattr(args, "paci_state", None) is not None:  # from a checkpoint
+        context.restore(args.paci_state)
     contexts.set_current(context)
     if args.num_experts is not None:
         set_moe_metrics_tracker(DrainedMoEMetrics(context.is_drained))
@@ -237,7 +235,7 @@ def resume_reported(original: Function) -> Function:
         from megatron.training import get_args
 
         original(checkpoint_args, *positional, **named)
-        get_args().paci_last_total = getattr(checkpoint_args, "paci_last_total", None)
+        get_args().paci_state = getattr(checkpoint_args, "paci_state", None)
         line = resume_line(checkpoint_args, get_args())
         # Emulated stages load one after the other; the first speaks for all.
         if line is not None and parallel_state.get_pipeline_model_parallel_rank() == 0:

@@ -197,7 +197,7 @@ def save_when_drained(original: Function) -> Function:
 
         context = contexts.current()
         # Saved with all arguments. Flush leaves none, and must not hand on that of a checkpoint it began with.
-        get_args().paci_last_total = context.stages[0].last_total.to_save() if context is not None else None
+        get_args().paci_state = context.state_to_save() if context is not None else None
         with _paused("a checkpoint"):
             return original(*positional, **named)
 

@@ -20,7 +20,7 @@ from paci_megatron.plan import Action, Kind, one_f_one_b_flush, paci, with_trans
 from paci_megatron.plan.records import record_lag, with_records
 from paci_megatron.plan.schedules import IsDrain, max_in_flight, never
 from paci_megatron.runtime.compute import StageCompute
-from paci_megatron.runtime.control import Clipping, Control, Record, Request
+from paci_megatron.runtime.control import Clipping, Control, Record
 from paci_megatron.runtime.executor import Executor
 from paci_megatron.runtime.links import StageLink
 from paci_megatron.runtime.saved import SavedActivations
@@ -30,8 +30,8 @@ from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.telemetry.meters import BoundError, StageMeter
 from paci_megatron.telemetry.trace import StageTrace
 
+from .exits import exit_wanted
 from .readings import Readings
-from .requests import SpikeDetector
 
 OnTotal = Callable[[int, Record], None]
 
@@ -43,13 +43,12 @@ class Wiring:
     """How a stage reaches the others. Links and exchanges are made once a plan, for the plan's record lag.
 
     ``agree`` makes one record of those of all ranks of the first stage. ``exchange`` is there if embeddings are tied, on the
-    two stages that hold them. ``requests`` is what the stage asks of all.
+    two stages that hold them.
     """
 
     link: Callable[[int], StageLink]
     agree: Callable[[Record], Record] = lambda record: record
     exchange: Callable[[int], TensorExchange] | None = None
-    requests: Callable[[Stage], Request] = lambda stage: Request.NONE
     rank_of: Callable[[int], int] = lambda stage_index: 0
 
 
@@ -91,7 +90,6 @@ class Stage:
         self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
         self.last_total = Record()  # of the last update before a drain
         self.readings = Readings()
-        self._spikes = SpikeDetector()
         self._watches_loss = False
         self._saved: SavedActivations | None = None
         self._control: Control | None = None
@@ -186,12 +184,18 @@ class Stage:
         return int(total)
 
     def _remarks(self, log_interval: int, update: int) -> Record:
-        """What this stage asks of the others, and its figures for the log."""
+        """What else this stage tells the others as its window ends, and its figures for the log."""
         if (self._begin + update) % log_interval == 0:
             self.meter.end_interval()
         least, most = self.meter.bubbles
-        requests = float(self._wiring.requests(self))
-        return Record(requests=requests, least_bubble=least, most_bubble=most, max_drift=float(self.meter.max_drift))
+        loss = float(self.readings.read("loss")) if self._watches_loss else 0.0
+        return Record(
+            exits=float(exit_wanted()),
+            loss=loss,
+            least_bubble=least,
+            most_bubble=most,
+            max_drift=float(self.meter.max_drift),
+        )
 
     def _take_num_tokens(self) -> torch.Tensor | None:
         """The window's tokens over all replicas of the last stage, which alone knows them, (1,)."""
@@ -226,10 +230,6 @@ class Stage:
         except Exception as error:
             error.add_note(f"paci-megatron: {self.where()}")
             raise
-
-    def loss_jumped(self) -> bool:
-        """Whether the loss of the window just computed jumps, on the last stage."""
-        return self._spikes.is_spike(float(self.readings.read("loss")))
 
     def _window_loss(self) -> torch.Tensor:
         """The mean loss of the window just computed, on the last stage."""

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from paci_megatron.plan.schedules import sends_in_flight
-from paci_megatron.runtime.control import Record, Request
+from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.links import (
     DirectIncoming,
     DirectOutgoing,
@@ -27,6 +27,8 @@ from paci_megatron.runtime.links import (
     TensorPair,
 )
 from paci_megatron.runtime.tied_embeddings import TensorExchange
+
+from .exits import can_exit
 
 
 @dataclass(frozen=True)
@@ -169,17 +171,16 @@ def tied_exchange(
 
 
 def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:
-    """Makes the requests in a record those of all ranks of this stage: of all replicas of the pipeline. Collective."""
+    """Makes the wish to exit and the loss in a record those of all replicas of the pipeline. Collective."""
     stage = dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-    if len(stage) == 1:
+    if len(stage) == 1 or not (can_exit(args) or args.paci_fallback):
         return lambda record: record
     (group,) = create_groups([stage], "PACI_STAGE", args.distributed_timeout_minutes, backend="gloo")
 
     def agree(record: Record) -> Record:
-        requests = Request(int(record.requests))
-        flags = torch.tensor([int(flag in requests) for flag in Request])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-        agreed = sum(flag for flag, is_set in zip(Request, flags.tolist(), strict=True) if is_set)
-        return record._replace(requests=float(agreed))
+        sums = torch.tensor([record.exits, record.loss], dtype=torch.float64)
+        dist.all_reduce(sums, group=group)
+        exits, loss = sums.tolist()
+        return record._replace(exits=exits, loss=loss / len(stage))
 
     return agree

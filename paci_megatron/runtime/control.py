@@ -1,7 +1,8 @@
 """What all stages know of an update, without a collective: sums that travel beside the micro-batches.
 
-See ``plan/records.py`` for when; this is what: the squared gradient norm, the window's tokens, and requests. From them
-follow the clipping and the skipping of updates, the same on every run whatever the timing. Figures for the log travel along.
+See ``plan/records.py`` for when; this is what: the squared gradient norm, the window's tokens and loss, and whether to
+stop. From them follow the clipping and the skipping of updates, the same on every run whatever the timing. Figures for
+the log travel along.
 """
 
 from __future__ import annotations
@@ -9,41 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import NamedTuple, Protocol
 
 _MARGIN = 1e-6  # added to the norm when clipping, as Megatron does (core/optimizer/clip_grads.py)
 
 
-class Request(IntFlag):
-    """What a stage asks of all: to drain soon, so that Megatron can stop, or to fall back to flushing."""
-
-    NONE = 0
-    EXIT = 1
-    FALLBACK = 2
-
-
 class Record(NamedTuple):
     """Sums over a stage and the later ones, or in a total over all stages, for one window. Numbers only: it is sent.
 
+    ``exits`` is how many ask to drain soon, so that Megatron can stop. The loss is the last stage's, and 0 unless watched.
     Bubbles are those of the busiest and the idlest of these stages in the last complete log interval; the least is above
     the most as long as there is none.
     """
 
     squared_norm: float = 0.0
     num_tokens: float = 0.0
-    requests: float = 0.0
+    exits: float = 0.0
+    loss: float = 0.0
     least_bubble: float = 1.0
     most_bubble: float = 0.0
     max_drift: float = 0.0
 
     def plus(self, later: Record) -> Record:
         """The sums with ``later``'s."""
-        requests = Request(int(self.requests)) | Request(int(later.requests))
         return Record(
             self.squared_norm + later.squared_norm,
             self.num_tokens + later.num_tokens,
-            float(requests),
+            self.exits + later.exits,
+            self.loss + later.loss,
             min(self.least_bubble, later.least_bubble),
             max(self.most_bubble, later.most_bubble),
             max(self.max_drift, later.max_drift),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
+from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated, slow
 from .interruptions import Injection, Terminated
 from .pool import Pool
 
@@ -66,6 +66,15 @@ def test_sigterm_at_twenty_random_moments(pool: GetPool, corpus: str, tmp_path: 
         stopped_and_resumed(pool(4), corpus, tmp_path / str(moment), 4, draw.choice([2, 3]), stop)
 
 
+def test_emulated_replicas_stop_together(pool: GetPool, corpus: str, tmp_path: Path) -> None:
+    argv = emulated(arguments(corpus, 2, 2, *PACI, "--exit-signal-handler", iters=ITERS, dp=2))
+    keeping = ["--save", str(tmp_path), "--save-interval", "1000"]
+    stopped = pool(2).run("train", argv=[*argv, *keeping], within=Terminated(iteration=9, ranks=(1,)))
+    assert {result.exit_code for result in stopped} == {0}
+    (iteration,) = {result.last_iteration for result in stopped}
+    assert 9 < iteration < ITERS
+
+
 def test_exit_after_a_duration(pool: GetPool, corpus: str, tmp_path: Path) -> None:
     argv = arguments(corpus, 2, 2, *PACI, "--exit-duration-in-mins", "1", iters=ITERS)
     # Megatron takes whole minutes; training began one ago.
@@ -114,3 +123,24 @@ def test_fallback_is_flush_for_a_while(
     assert [int(n) for n in drains] == [27, 28, 29, 30, 31, 32, 36]
     one = one_process(emulated(argv), within=spike)
     assert repr(processes[-1].losses) == repr(one.losses)
+
+
+@pytest.mark.parametrize("stop", [22, 30], ids=["before the spike", "while flushing"])
+def test_fallback_goes_on_after_a_resume(pool: GetPool, corpus: str, tmp_path: Path, stop: int) -> None:
+    flags = ["--clip-grad", "0.5", "--paci-fallback", "5", "--paci-drain-interval", str(stop)]
+    argv = arguments(corpus, 2, 2, *PACI, *flags, iters=36)
+    spike = Injection(stage=1, microbatch=2 * 24, factor=1e4)  # the loss, in window 25
+    whole = pool(2).run("train", argv=argv, within=spike)
+    unharmed = pool(2).run("train", argv=argv)
+    assert whole[-1].losses[:24] == unharmed[-1].losses[:24] and whole[-1].losses[24] > 100 * unharmed[-1].losses[24]
+
+    keeping = ["--save", str(tmp_path), "--save-interval", "1000", "--override-opt-param-scheduler"]
+    pool(2).run("train", argv=[*argv, *keeping, "--exit-interval", str(stop)], within=spike)
+    metrics = tmp_path / "metrics"
+    after = Injection(stage=1, microbatch=2 * (24 - stop), factor=1e4)  # never, if that is past
+    keeping += ["--load", str(tmp_path), "--paci-metrics-file", str(metrics)]
+    resumed = pool(2).run("train", argv=[*argv, *keeping], within=after)
+    drains = [int(n) for n in re.findall(r'"event": "drain".*?"iteration": (\d+)', metrics.read_text())]
+    assert drains == [n for n in (27, 28, 29, 30, 31, 32, 36) if n > stop]
+    assert resumed[-1].losses == whole[-1].losses[stop:]
+    assert_same_weights([result.weights for result in resumed], [result.weights for result in whole])
