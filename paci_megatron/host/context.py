@@ -97,7 +97,7 @@ class TrainingContext:
 
         def on_total(update: int, total: Record) -> None:
             iteration = begin + update
-            if iteration == self._last_judged:  # stages in one process tell the same, one after the other
+            if iteration <= self._last_judged:  # stages in one process tell the same, one after the other
                 return
             self._last_judged = iteration
             self._totals[iteration] = total

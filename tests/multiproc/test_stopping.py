@@ -144,3 +144,13 @@ def test_fallback_goes_on_after_a_resume(pool: GetPool, corpus: str, tmp_path: P
     assert drains == [n for n in (27, 28, 29, 30, 31, 32, 36) if n > stop]
     assert resumed[-1].losses == whole[-1].losses[stop:]
     assert_same_weights([result.weights for result in resumed], [result.weights for result in whole])
+
+
+def test_fallback_remembers_each_loss_once(one_process: OneProcess, corpus: str, tmp_path: Path) -> None:
+    """The first stage knows totals up to four updates before the last, which tells them again."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    argv = emulated(arguments(corpus, 4, 1, *PACI, "--paci-fallback", "5", iters=12))
+    run = one_process([*argv, "--save", str(tmp_path), "--save-interval", "12"])
+    saved = load_common_state_dict(tmp_path / "iter_0000012")["args"]
+    assert saved.paci_state["losses"] == pytest.approx(run.losses, rel=1e-6) and len(run.losses) == 12
