@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 # make_venv.sh writes this file last, so an interrupted installation is taken up again by the next make.
 INSTALLED := $(VENV)/.installed
 # wildcard leaves out what a partial checkout does not have.
-SOURCES := $(wildcard paci_megatron tools pretrain_gpt_paci.py examples tests)
+SOURCES := $(wildcard paci_megatron lab tools pretrain_gpt_paci.py examples tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format clean distclean

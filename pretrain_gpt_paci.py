@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 pretrain_gpt_paci.py <your Megatron flags> --pipeline-schedule paci
 
 Every Megatron flag keeps its meaning, and without ``--pipeline-schedule paci`` this is Megatron's own training. The
-main path: ``pretrain`` calls ``train_step`` (paci_megatron/host/train_step.py) once per iteration, which runs this
-stage's plan (paci_megatron/plan/schedules.py) through the executor (paci_megatron/runtime/executor.py) up to its next
+main path: ``pretrain`` calls ``train_step`` (paci_megatron/plugin/train_step.py) once per iteration, which runs this
+stage's plan (paci_megatron/schedule/schedules.py) through the executor (paci_megatron/runtime/executor.py) up to its next
 UPDATE.
 """
 
@@ -165,7 +165,7 @@ def run() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from paci_megatron.host.inputs import check_inputs, exit_on_config_error
+    from paci_megatron.plugin.inputs import check_inputs, exit_on_config_error
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     with exit_on_config_error():

@@ -18,13 +18,13 @@ def install() -> None:
     Megatron then behaves as before. ``RuntimeError`` if already installed, or if the installed Megatron is not one this
     version knows; then nothing has been changed.
     """
-    from .host import patches
+    from .plugin import install as patches
 
     patches.install()
 
 
 def uninstall() -> None:
     """Restore Megatron as it was before :func:`install`; ``RuntimeError`` if not installed."""
-    from .host import patches
+    from .plugin import install as patches
 
     patches.uninstall()

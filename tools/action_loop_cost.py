@@ -22,8 +22,8 @@ import torch
 
 import paci_megatron
 import pretrain_gpt_paci
-from paci_megatron.plan import Action
 from paci_megatron.runtime.control import Record
+from paci_megatron.schedule import Action
 
 
 class _AloneLink:
@@ -68,7 +68,7 @@ class Measurement:
     def __init__(self, forward_step: Any, data: Any, updates: int, repeats: int) -> None:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        from paci_megatron.host import context as contexts
+        from paci_megatron.plugin import run as contexts
 
         context = contexts.current()
         assert context is not None

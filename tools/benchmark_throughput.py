@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 # A checkout that is not installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paci_megatron.benchmark.jobs import Job
-from paci_megatron.benchmark.padding import StageTimes
-from paci_megatron.benchmark.rows import Measured, make_rows, ms_per_iteration, overrun_warning, table
-from paci_megatron.benchmark.settings import (
+from lab.benchmark.jobs import Job
+from lab.benchmark.padding import StageTimes
+from lab.benchmark.rows import Measured, make_rows, ms_per_iteration, overrun_warning, table
+from lab.benchmark.settings import (
     NAMES,
     REAL_MODEL,
     TIMED_MODEL,
@@ -31,7 +31,7 @@ from paci_megatron.benchmark.settings import (
 )
 
 if TYPE_CHECKING:
-    from paci_megatron.benchmark.launch import Launcher
+    from lab.benchmark.launch import Launcher
 
 DESCRIPTION = (
     "Trains the same small GPT with each schedule, on one process a stage, and measures throughput in steady state, between "
@@ -183,7 +183,7 @@ def _write(output: Path, rows: object) -> None:
 
 def _show(output: Path) -> None:
     """Print the rows of the file as a table, and draw them."""
-    from paci_megatron.benchmark.figure import write_figure
+    from lab.benchmark.figure import write_figure
 
     rows = json.loads(output.read_text(encoding="utf-8"))
     if not rows:
@@ -215,7 +215,7 @@ def _launcher(settings: Settings) -> Launcher:
     """Processes on the GPUs if there are enough, on the CPU otherwise, with a line that says so."""
     import torch
 
-    from paci_megatron.benchmark.launch import Launcher
+    from lab.benchmark.launch import Launcher
 
     stages, devices, cores = max(settings.num_stages), torch.accelerator.device_count(), _cores()
     on_cpu = devices < stages

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paci_megatron import ConfigError, PaciConfig, install
-from paci_megatron.plan.schedules import max_drift
+from paci_megatron.schedule.schedules import max_drift
 
 LAUNCHER = "torch.distributed.run"
 

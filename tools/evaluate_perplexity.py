@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import paci_megatron
 from paci_megatron.data import DataError
 from paci_megatron.data.tokenizers import quiet_imports
-from paci_megatron.evaluation import EvaluationError
-from paci_megatron.evaluation.corpus import TextOptions
-from paci_megatron.evaluation.report import table
-from paci_megatron.evaluation.text import DETOKENIZERS, ROW_RULES, WORD_RULES
+from paci_megatron.evaluate import EvaluationError
+from paci_megatron.evaluate.corpus import TextOptions
+from paci_megatron.evaluate.report import table
+from paci_megatron.evaluate.text import DETOKENIZERS, ROW_RULES, WORD_RULES
 
 DESCRIPTION = """\
 Perplexity of a Megatron checkpoint on .bin/.idx data or text, or LAMBADA's last-word accuracy. The checkpoint may have been
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
     with quiet_imports():
         paci_megatron.install()
-        from paci_megatron.host.evaluation import EvaluationOptions, evaluate
+        from paci_megatron.evaluate.evaluator import EvaluationOptions, evaluate
 
     options = EvaluationOptions(text, arguments.task, arguments.stride, arguments.verbose)
     try:

@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, num_gpus: int) -> int:
-    from paci_megatron.checks import many_gpus, one_device
-    from paci_megatron.checks.bench import CPU_SIZES, GPU_SIZES, Bench
-    from paci_megatron.checks.outcome import exit_status, perform, table, write_json
+    from lab.checks import many_gpus, one_device
+    from lab.checks.bench import CPU_SIZES, GPU_SIZES, Bench
+    from lab.checks.outcome import exit_status, perform, table, write_json
 
     begin_s = time.perf_counter()
     on_gpu = not arguments.cpu

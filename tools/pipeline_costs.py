@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from paci_megatron.plan.simulate import Costs, StageCosts
+from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.telemetry.metrics_file import read_metrics
 
 

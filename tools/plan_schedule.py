@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 # A checkout that is not installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paci_megatron.plan import peers
-from paci_megatron.plan.advice import Outcome, Scenario, advise, smallest_a
-from paci_megatron.plan.peers import Schedule, find_schedule
-from paci_megatron.plan.schedules import speedup_limit
-from paci_megatron.plan.simulate import Costs
+from paci_megatron.schedule.schedules import speedup_limit
+from paci_megatron.simulate import peers
+from paci_megatron.simulate.advice import Outcome, Scenario, advise, smallest_a
+from paci_megatron.simulate.engine import Costs
+from paci_megatron.simulate.peers import Schedule, find_schedule
 from tools import schedule_study
 from tools.pipeline_costs import add_costs_arguments, describe, read_costs, require
 from tools.timelines import ENDINGS, check_ending, write_timelines

@@ -33,8 +33,15 @@ PACKAGE = str(Path(paci_megatron.__file__).parent)
 EACH_ACTION = tuple(
     f"{PACKAGE}/{module}.py"
     for module in (
-        *("plan/actions", "plan/schedules", "plan/records", "runtime/executor", "runtime/links", "runtime/compute"),
-        *("runtime/state", "runtime/weights", "runtime/device", "telemetry/meters", "host/readings", "host/cpu"),
+        *(
+            "schedule/actions",
+            "schedule/schedules",
+            "schedule/records",
+            "runtime/executor",
+            "runtime/links",
+            "runtime/compute",
+        ),
+        *("runtime/state", "runtime/weights", "runtime/device", "runtime/meters", "runtime/readings", "platform/cpu"),
     )
 )
 # Where the process waits for another: the profiler does not see torch's own waiting, so it is that of the function it is

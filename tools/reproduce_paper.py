@@ -13,10 +13,10 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works too
 
-from paci_megatron.reproduce import commands
-from paci_megatron.reproduce.arms import SETS, Study, StudyError
-from paci_megatron.reproduce.records import RunFolder
-from paci_megatron.reproduce.run import Run, environment, run_all, run_step, sole_user
+from lab.study import commands
+from lab.study.arms import SETS, Study, StudyError
+from lab.study.records import RunFolder
+from lab.study.run import Run, environment, run_all, run_step, sole_user
 
 EPILOG = """\
 sets:
@@ -133,9 +133,9 @@ def _dry_run(study: Study, arguments: argparse.Namespace, output: Path) -> None:
 
 def _report(study: Study, output: Path) -> None:
     """Write the report of what is finished."""
-    from paci_megatron.reproduce.analysis import Analysis, RunResult
-    from paci_megatron.reproduce.figures import write_figures
-    from paci_megatron.reproduce.report import markdown
+    from lab.study.analysis import Analysis, RunResult
+    from lab.study.figures import write_figures
+    from lab.study.report import markdown
 
     folders = ((arm, seed, RunFolder(output / "runs" / f"{arm.name}-seed{seed}")) for arm, seed in study.runs())
     results = [RunResult(arm, seed, folder.events()) for arm, seed, folder in folders if folder.is_done]

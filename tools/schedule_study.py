@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paci_megatron.plan.peers import find_schedule
-from paci_megatron.plan.simulate import Costs, StageCosts
+from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.peers import find_schedule
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256, 512)
 SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "paci", "paci:N-1")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from paci_megatron.plan.export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
-from paci_megatron.plan.render import Timelines, render_timelines
+from paci_megatron.simulate.export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
+from paci_megatron.simulate.render import Timelines, render_timelines
 from tools.pipeline_costs import require
 
 ENDINGS = (".txt", ".csv", ".json", ".html", ".png")

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paci_megatron.plan import Kind
-from paci_megatron.plan.actions import COMPUTE_KINDS, TRANSFER_KINDS
-from paci_megatron.plan.advice import Scenario
-from paci_megatron.plan.balance import Model, layout
-from paci_megatron.plan.peers import find_schedule
-from paci_megatron.plan.render import Timelines
-from paci_megatron.plan.simulate import Costs, Simulation, Span, simulate
+from paci_megatron.schedule import Kind
+from paci_megatron.schedule.actions import COMPUTE_KINDS, TRANSFER_KINDS
+from paci_megatron.simulate.advice import Scenario
+from paci_megatron.simulate.balance import Model, layout
+from paci_megatron.simulate.engine import Costs, Simulation, Span, simulate
+from paci_megatron.simulate.peers import find_schedule
+from paci_megatron.simulate.render import Timelines
 from paci_megatron.telemetry.trace_file import StageStretch, Stretch, longest, read_trace
 from paci_megatron.telemetry.trace_layers import layer_counts, measured_model
 from tools.pipeline_costs import PlanningError, require

@@ -1,6 +1,6 @@
 """What all stages know of an update, without a collective: sums that travel beside the micro-batches.
 
-See ``plan/records.py`` for when; this is what: the squared gradient norm, the window's tokens and loss, and whether to
+See ``schedule/records.py`` for when; this is what: the squared gradient norm, the window's tokens and loss, and whether to
 stop. From them follow the clipping and the skipping of updates, the same on every run whatever the timing. Figures for
 the log travel along.
 """

@@ -1,4 +1,4 @@
-"""The one place outside ``host/`` that touches ``torch.cuda``: time on a device, memory, and copies to the host."""
+"""The one place outside ``plugin/`` that touches ``torch.cuda``: time on a device, memory, and copies to the host."""
 
 from __future__ import annotations
 

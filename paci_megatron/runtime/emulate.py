@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from paci_megatron.plan import Action, Kind
+from paci_megatron.schedule import Action, Kind
 
 from .control import Record
 from .update import UpdateResult

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from paci_megatron.plan import Action, Kind
-from paci_megatron.telemetry.meters import StageMeter
+from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.schedule import Action, Kind
 
 from .compute import StageCompute
 from .links import StageLink

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from paci_megatron.plan import Action
+from paci_megatron.schedule import Action
 
 from .control import Record, RecordLink
 from .device import HostCopy, host_buffer

@@ -80,7 +80,7 @@ class StageUpdate:
         self._optimizer.prepare_grads()
         if self._readings is not None:
             self._readings.begin()
-        # Over the ranks that share the stage, see host/context.py. In steady state this is the update's only wait for the
+        # Over the ranks that share the stage, see plugin/run.py. In steady state this is the update's only wait for the
         # device: everything else that the host reads has been copied by then.
         norm = float(self._optimizer.get_grad_norm())
         if self._readings is not None:

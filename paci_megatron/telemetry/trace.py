@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from paci_megatron.plan import Action, Kind
-from paci_megatron.plan.actions import TRANSFER_KINDS
 from paci_megatron.runtime.device import DeviceClock, Moment
+from paci_megatron.schedule import Action, Kind
+from paci_megatron.schedule.actions import TRANSFER_KINDS
 
 from .metrics_file import open_to_append
 from .trace_file import EMBEDDING, INPUT, LOSS, OUTPUT, layer_part, trace_path

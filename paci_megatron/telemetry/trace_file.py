@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from paci_megatron.plan import Action, Kind
-from paci_megatron.plan.simulate import Span, StageCosts
+from paci_megatron.schedule import Action, Kind
+from paci_megatron.simulate.engine import Span, StageCosts
 
 from .metrics_file import read_metrics
 

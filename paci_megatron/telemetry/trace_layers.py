@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from paci_megatron.plan.balance import Model, Part
+from paci_megatron.simulate.balance import Model, Part
 
 from .trace_file import EMBEDDING, INPUT, LOSS, OUTPUT, StageStretch, Stretch, layer_part
 

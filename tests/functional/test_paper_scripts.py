@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from paci_megatron.plan.schedules import max_drift, speedup_limit
+from paci_megatron.schedule.schedules import max_drift, speedup_limit
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples/gpt"

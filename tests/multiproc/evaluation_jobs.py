@@ -16,9 +16,9 @@ import paci_megatron
 def evaluate_checkpoint(argv: list[str], **options: Any) -> dict[str, Any]:
     """The evaluation's figures. ``options`` are those of EvaluationOptions and TextOptions."""
     with _plugin():
-        from paci_megatron.evaluation.corpus import TextOptions
-        from paci_megatron.host.evaluation import EvaluationOptions
-        from paci_megatron.host.evaluation import evaluate as run
+        from paci_megatron.evaluate.corpus import TextOptions
+        from paci_megatron.evaluate.evaluator import EvaluationOptions
+        from paci_megatron.evaluate.evaluator import evaluate as run
 
         of_text = {name: options.pop(name) for name in list(options) if name in TextOptions.__slots__}
         result = run(EvaluationOptions(TextOptions(**of_text), **options), argv)
@@ -50,7 +50,7 @@ def differences_from_training(argv: list[str]) -> dict[str, tuple[Any, Any]]:
     with _plugin():
         from megatron.training.checkpointing import load_args_from_checkpoint
 
-        from paci_megatron.host.checkpoint_args import model_arguments
+        from paci_megatron.evaluate.checkpoint_args import model_arguments
 
         args = _completed(argv)
         saved = load_args_from_checkpoint(argparse.Namespace(**vars(args)))[1]
@@ -59,7 +59,7 @@ def differences_from_training(argv: list[str]) -> dict[str, tuple[Any, Any]]:
 
 
 def _completed(argv: list[str]) -> Any:
-    from paci_megatron.host.evaluation_args import evaluation_arguments
+    from paci_megatron.evaluate.arguments import evaluation_arguments
 
     return evaluation_arguments(argv, [], needs_tokenizer=False)[0]
 
@@ -116,7 +116,7 @@ def _plugin() -> Iterator[None]:
 def _whole_model(argv: list[str]) -> Iterator[Any]:
     """A function from token ids to logits (length, vocabulary): the checkpoint's model in this one process."""
     with _plugin(), torch.no_grad():
-        from paci_megatron.host import evaluation
+        from paci_megatron.evaluate import evaluator as evaluation
 
         args = _completed(argv)
         evaluation._initialize(args)

@@ -74,7 +74,7 @@ def kill_points() -> dict[str, tuple[Any, str, Callable[..., bool], Callable[...
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import checkpointing
 
-    from paci_megatron.host import context as contexts
+    from paci_megatron.plugin import run as contexts
 
     def never(*args: Any, **named: Any) -> bool:
         return False
@@ -189,7 +189,7 @@ class Terminated:
 @contextlib.contextmanager
 def no_drift_allowed() -> Iterator[None]:
     """Let the meters take any drift for a violation."""
-    from paci_megatron.telemetry.meters import StageMeter
+    from paci_megatron.runtime.meters import StageMeter
 
     original = StageMeter.begin_plan
 

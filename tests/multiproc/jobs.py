@@ -57,7 +57,7 @@ def train(
     ``loop`` takes the place of Megatron's ``train``. ``within`` makes a context to train in, with Megatron imported.
     """
     import pretrain_gpt_paci as script
-    from paci_megatron.host import context as contexts
+    from paci_megatron.plugin import run as contexts
 
     result = TrainingResult()
     with contextlib.ExitStack() as stack:
@@ -234,7 +234,7 @@ def _recorded(training: Any, result: TrainingResult) -> Iterator[list[Any]]:
 @contextlib.contextmanager
 def _bare_megatron_on_cpu() -> Iterator[None]:
     """Megatron without the plugin: only the stand-ins for CUDA, without which it cannot start here."""
-    from paci_megatron.host import cpu
+    from paci_megatron.platform import cpu
 
     cpu.activate()
     import megatron.core.datasets.utils as dataset_utils
@@ -331,7 +331,7 @@ def _counted_collectives(result: TrainingResult, training: Any) -> Iterator[None
     """
     from megatron.core import parallel_state
 
-    from paci_megatron.host import context as contexts
+    from paci_megatron.plugin import run as contexts
 
     counts: Counter[str] = Counter()
     process_group = dist.ProcessGroup

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import paci_megatron
-from paci_megatron.plan import Kind, paci, with_transfers
 from paci_megatron.runtime.links import P2PLink
+from paci_megatron.schedule import Kind, paci, with_transfers
 
 EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
@@ -50,7 +50,7 @@ def exchange_by_plan(link: str, device: str = "cpu") -> LinkResult:
 
 
 def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
-    from paci_megatron.host import wiring
+    from paci_megatron.plugin import groups as wiring
 
     args = argparse.Namespace(paci_link=link, paci_extra_in_flight=EXTRA, distributed_timeout_minutes=2)
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, virtual_pipeline_model_parallel_size=None)

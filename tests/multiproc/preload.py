@@ -2,7 +2,7 @@
 
 import paci_megatron
 
-# Megatron must be imported with the stand-ins for CUDA in place (paci_megatron/host/cpu.py).
+# Megatron must be imported with the stand-ins for CUDA in place (paci_megatron/platform/cpu.py).
 paci_megatron.install()
 import megatron.core.tokenizers.text  # noqa: E402
 import megatron.training.training  # noqa: E402, F401

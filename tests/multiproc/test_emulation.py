@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.plan.schedules import max_drift
+from paci_megatron.schedule.schedules import max_drift
 from paci_megatron.telemetry.metrics_file import read_metrics
 
 from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, assert_same_weights, emulated, slow

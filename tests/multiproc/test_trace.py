@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from paci_megatron.plan import Action, Kind, one_f_one_b_flush, paci, with_transfers
-from paci_megatron.plan.actions import TRANSFER_KINDS
-from paci_megatron.plan.records import with_records
+from paci_megatron.schedule import Action, Kind, one_f_one_b_flush, paci, with_transfers
+from paci_megatron.schedule.actions import TRANSFER_KINDS
+from paci_megatron.schedule.records import with_records
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace_file import EMBEDDING, LOSS, Stretch, layer_part, read_trace, trace_path
 from paci_megatron.telemetry.trace_layers import layer_counts

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.plan.schedules import max_drift, max_in_flight
+from paci_megatron.schedule.schedules import max_drift, max_in_flight
 
 from . import interruptions
 from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow

@@ -52,7 +52,7 @@ class _Reads(TorchFunctionMode):
         if self.counts and (func in _READS or is_new_on_device) and not self._is_on_host(args):
             stack = _stack()
             if not any(part in f"{file}:{function}" for part in _ON_THE_HOST for file, function in stack):
-                file, function = next((f, n) for f, n in stack if "megatron" in f and "host/cpu.py" not in f)
+                file, function = next((f, n) for f, n in stack if "megatron" in f and "platform/cpu.py" not in f)
                 self.places[f"{Path(file).name}:{function}"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -78,8 +78,8 @@ def counted(path: str, first: int, last: int) -> Iterator[None]:
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.training.training as training
 
-    from paci_megatron.host import capabilities
-    from paci_megatron.host import context as contexts
+    from paci_megatron.platform import without_te as capabilities
+    from paci_megatron.plugin import run as contexts
 
     reads, original, original_wait = _Reads(), training.train_step, HostCopy.wait
     norm, clip_grads.l2_norm_impl = clip_grads.l2_norm_impl, capabilities.norm_on_device(clip_grads.l2_norm_impl)

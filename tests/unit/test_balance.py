@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from paci_megatron.plan.balance import Model, Part, layout, partition
+from paci_megatron.simulate.balance import Model, Part, layout, partition
 
 
 def brute_force(times: list[int], besides: list[int]) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from paci_megatron.benchmark.jobs import Job, RankResult
-from paci_megatron.benchmark.padding import Padding, StageTimes
-from paci_megatron.benchmark.rows import Measured, make_rows, measured_costs, overrun_warning, table
-from paci_megatron.benchmark.settings import (
+from lab.benchmark.jobs import Job, RankResult
+from lab.benchmark.padding import Padding, StageTimes
+from lab.benchmark.rows import Measured, make_rows, measured_costs, overrun_warning, table
+from lab.benchmark.settings import (
     REAL_MODEL,
     TIMED_MODEL,
     BenchmarkError,
@@ -21,8 +21,8 @@ from paci_megatron.benchmark.settings import (
     find_arm,
     parse_stage_ms,
 )
-from paci_megatron.plan import Kind
-from paci_megatron.plan.simulate import Costs, StageCosts
+from paci_megatron.schedule import Kind
+from paci_megatron.simulate.engine import Costs, StageCosts
 from tools import benchmark_throughput
 
 TIMED = Settings(("1f1b", "paci", "interleaved:2"), (4,), (4,), TIMED_MODEL, stage_ms=((100, 200),), jitter=0.2, seed=3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.host.boundaries import Boundaries
+from paci_megatron.plugin.drains import Boundaries
 
 
 def drains(drain_interval: int | None = None, counts: Any = lambda n: 4, **changes: Any) -> list[int]:

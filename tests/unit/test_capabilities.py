@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from paci_megatron.host import capabilities
+from paci_megatron.platform import without_te as capabilities
 
 
 def namespace(**changes: Any) -> argparse.Namespace:
@@ -64,7 +64,7 @@ def test_transformer_engine_gives_layers_attention_and_optimizer(monkeypatch: py
 def test_the_norm_left_on_the_device_is_megatrons_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    from paci_megatron.host import context
+    from paci_megatron.plugin import run as context
 
     gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (5, 70, 900)]
     l2_norm = capabilities.norm_on_device(local_multi_tensor_l2_norm)

@@ -18,7 +18,7 @@ def test_every_way_to_name_the_device_means_the_cpu() -> None:
     run(
         f"""
 import torch
-from paci_megatron.host import cpu
+from paci_megatron.platform import cpu
 assert cpu.activate() or torch.cuda.is_available()
 x, made = torch.ones(2), []
 {made}
@@ -35,7 +35,7 @@ def test_nothing_is_left_behind() -> None:
     run(
         """
 import torch
-from paci_megatron.host import cpu
+from paci_megatron.platform import cpu
 before = [(owner, name, getattr(owner, name)) for owner, name, _ in cpu._replacements()]
 assert len({(id(owner), name) for owner, name, _ in before}) == len(before)
 if cpu.activate():

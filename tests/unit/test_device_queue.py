@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from paci_megatron.plan import Action, Kind, paci, with_transfers
-from paci_megatron.plan.records import with_records
+from paci_megatron.schedule import Action, Kind, paci, with_transfers
+from paci_megatron.schedule.records import with_records
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
 SENDS = {Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD), Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD)}

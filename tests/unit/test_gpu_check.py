@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from paci_megatron.checks import many_gpus, one_device
-from paci_megatron.checks.bench import CPU_SIZES, GPU_SIZES, Bench, StepError, tail
-from paci_megatron.checks.outcome import (
+from lab.checks import many_gpus, one_device
+from lab.checks.bench import CPU_SIZES, GPU_SIZES, Bench, StepError, tail
+from lab.checks.outcome import (
     Check,
     Measured,
     Outcome,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from paci_megatron.config import ConfigError
-from paci_megatron.host.capabilities import check_installed, has_transformer_engine
-from paci_megatron.host.inputs import check_inputs, exit_on_config_error
+from paci_megatron.platform.without_te import check_installed, has_transformer_engine
+from paci_megatron.plugin.inputs import check_inputs, exit_on_config_error
 
 
 def namespace(**changes: Any) -> argparse.Namespace:

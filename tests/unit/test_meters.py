@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
-from paci_megatron.host.monitor import interval_line
+from paci_megatron.plugin.monitor import interval_line
+from paci_megatron.runtime import meters
 from paci_megatron.runtime.control import Record
-from paci_megatron.telemetry import meters
-from paci_megatron.telemetry.meters import StageMeter
+from paci_megatron.runtime.meters import StageMeter
 
 
 class Clock:

@@ -15,7 +15,8 @@ def run(code: str) -> str:
 
 SNAPSHOT = """
 import torch, paci_megatron
-from paci_megatron.host import patches, cpu
+from paci_megatron.plugin import install as patches
+from paci_megatron.platform import cpu
 had_cuda = torch.cuda.is_available()
 def snapshot():
     found = [getattr(owner, name) for owner, name, _ in patches._installed]
@@ -116,7 +117,7 @@ def test_one_line_is_logged_for_each_patch_point() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import paci_megatron; paci_megatron.install()"], capture_output=True, text=True, check=True
     )
-    from paci_megatron.host.patches import PATCH_POINTS
+    from paci_megatron.plugin.install import PATCH_POINTS
 
     for point in PATCH_POINTS:
         assert f"{point}: {point.reason}" in done.stdout or point.cpu_only or point.gpu_only
@@ -125,7 +126,8 @@ def test_one_line_is_logged_for_each_patch_point() -> None:
 def test_patch_points_for_gpus_are_in_the_installed_megatron_too() -> None:
     run(
         """
-from paci_megatron.host import cpu, patches
+from paci_megatron.platform import cpu
+from paci_megatron.plugin import install as patches
 cpu.activate()
 points = [point for point in patches.PATCH_POINTS if point.gpu_only]
 assert points and all(callable(patches._find(point)[2]) for point in points)
@@ -139,7 +141,7 @@ def test_the_schedule_has_the_signature_of_megatrons_pipelining_functions() -> N
 
     from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 
-    from paci_megatron.host.train_step import forward_backward_pipelining_paci
+    from paci_megatron.plugin.train_step import forward_backward_pipelining_paci
 
     def parameters(function: object) -> list[tuple[str, object, object]]:
         signature = inspect.signature(function)  # type: ignore[arg-type]

@@ -18,14 +18,14 @@ import torch
 from paci_megatron.config import ConfigError
 from paci_megatron.data import DataError
 from paci_megatron.data.corpus import Document
-from paci_megatron.evaluation import EvaluationError
-from paci_megatron.evaluation.corpus import TextOptions, appends_eod, read_indexed, read_text
-from paci_megatron.evaluation.lambada import last_words
-from paci_megatron.evaluation.report import figures, table
-from paci_megatron.evaluation.scoring import _report_of_logits, _report_of_losses
-from paci_megatron.evaluation.text import arrange_rows, count_words, detokenize_wikitext
-from paci_megatron.evaluation.windows import Window, ending_window, make_batch, sliding_windows
-from paci_megatron.host.checkpoint_args import TOKENIZER_ARGUMENTS, check_checkpoint, model_arguments
+from paci_megatron.evaluate import EvaluationError
+from paci_megatron.evaluate.checkpoint_args import TOKENIZER_ARGUMENTS, check_checkpoint, model_arguments
+from paci_megatron.evaluate.corpus import TextOptions, appends_eod, read_indexed, read_text
+from paci_megatron.evaluate.lambada import last_words
+from paci_megatron.evaluate.report import figures, table
+from paci_megatron.evaluate.scoring import _report_of_logits, _report_of_losses
+from paci_megatron.evaluate.text import arrange_rows, count_words, detokenize_wikitext
+from paci_megatron.evaluate.windows import Window, ending_window, make_batch, sliding_windows
 from tests.conftest import MegatronDefaults
 from tools import evaluate_perplexity
 
@@ -347,7 +347,7 @@ def test_wikitext_counts() -> None:
     """Of the tokenised test set with GPT-2's vocabulary. Joining the rows adds the 1,423 tokens that it adds to the raw one,
     from 286,221 to 287,644.
     """
-    from paci_megatron.host.evaluation import _build_tokenizer
+    from paci_megatron.evaluate.evaluator import _build_tokenizer
 
     folder = Path(os.environ["PACI_WIKITEXT"])
     names = ("tokenizer_model", "special_tokens", "metadata_path", "chat_template")

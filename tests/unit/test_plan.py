@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from paci_megatron.plan import (
+from paci_megatron.schedule import (
     Action,
     Kind,
     PlanError,
@@ -19,7 +19,7 @@ from paci_megatron.plan import (
     validate,
     with_transfers,
 )
-from paci_megatron.plan.schedules import IsDrain, max_drift, max_in_flight, max_lead, never
+from paci_megatron.schedule.schedules import IsDrain, max_drift, max_in_flight, max_lead, never
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
 
@@ -127,7 +127,7 @@ def broken(old: str, new: str, stage: int = 0) -> list[list[Action]]:
 def test_validator_refuses_a_broken_plan_and_shows_it(old: str, new: str, stage: int, message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
         validate(broken(old, new, stage), 2, drains=(2,))
-    assert "stage  0: F0" in str(caught.value), "the grid is shown"
+    assert "stage 0: F0" in str(caught.value), "the plans are shown"
 
 
 def test_validator_finds_a_deadlock() -> None:

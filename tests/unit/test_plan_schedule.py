@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.plan.advice import Scenario, advise, smallest_a
-from paci_megatron.plan.peers import find_schedule
-from paci_megatron.plan.schedules import max_drift
-from paci_megatron.plan.simulate import Costs, StageCosts
+from paci_megatron.schedule.schedules import max_drift
+from paci_megatron.simulate.advice import Scenario, advise, smallest_a
+from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.peers import find_schedule
 from tools import plan_schedule, schedule_study, timelines
 from tools.pipeline_costs import PlanningError, measured_stages, parse_stage_ms
 

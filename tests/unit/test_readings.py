@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paci_megatron.host.readings import Readings
+from paci_megatron.runtime.readings import Readings
 from paci_megatron.runtime.saved import SavedActivations
 
 

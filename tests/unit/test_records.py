@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from paci_megatron.plan import Action, Kind, PlanError, format_actions, paci, validate, with_transfers
-from paci_megatron.plan.records import record_lag, with_records
-from paci_megatron.plan.schedules import IsDrain, never
+from paci_megatron.schedule import Action, Kind, PlanError, format_actions, paci, validate, with_transfers
+from paci_megatron.schedule.records import record_lag, with_records
+from paci_megatron.schedule.schedules import IsDrain, never
 
 from .test_plan import SIZES, up_to
 

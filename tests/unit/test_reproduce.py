@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.reproduce import statistics as st
-from paci_megatron.reproduce import timing
-from paci_megatron.reproduce.analysis import Analysis, RunResult
-from paci_megatron.reproduce.arms import SETS, Arm, Study, StudyError
-from paci_megatron.reproduce.commands import Data, training_command
-from paci_megatron.reproduce.records import RunFolder
-from paci_megatron.reproduce.report import markdown
+from lab.study import statistics as st
+from lab.study import timing
+from lab.study.analysis import Analysis, RunResult
+from lab.study.arms import SETS, Arm, Study, StudyError
+from lab.study.commands import Data, training_command
+from lab.study.records import RunFolder
+from lab.study.report import markdown
 from tests.conftest import MegatronDefaults
 
 DATA = Data("train", "valid", ("--tokenizer-type", "NullTokenizer"), 64)

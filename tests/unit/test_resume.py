@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from paci_megatron.host.resume import resume_line
+from paci_megatron.plugin.resume import resume_line
 
 
 def arguments(**changed: Any) -> argparse.Namespace:

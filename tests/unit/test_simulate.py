@@ -15,14 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from paci_megatron.plan import Action, Kind, format_actions, parse_actions
-from paci_megatron.plan.actions import COMPUTE_KINDS
-from paci_megatron.plan.advice import Scenario
-from paci_megatron.plan.export import to_chrome_trace, to_csv, to_html
-from paci_megatron.plan.peers import find_schedule, interleaved
-from paci_megatron.plan.render import render_plans, render_timelines
-from paci_megatron.plan.schedules import flush_bubble_fraction, max_drift, max_in_flight, speedup_limit
-from paci_megatron.plan.simulate import Costs, Simulation, StageCosts, simulate
+from paci_megatron.schedule import Action, Kind, format_actions, parse_actions
+from paci_megatron.schedule.actions import COMPUTE_KINDS
+from paci_megatron.schedule.schedules import flush_bubble_fraction, max_drift, max_in_flight, speedup_limit
+from paci_megatron.simulate.advice import Scenario
+from paci_megatron.simulate.engine import Costs, Simulation, StageCosts, simulate
+from paci_megatron.simulate.export import to_chrome_trace, to_csv, to_html
+from paci_megatron.simulate.peers import find_schedule, interleaved
+from paci_megatron.simulate.render import render_plans, render_timelines
 
 SIZES = [(2, 2), (2, 4), (4, 2), (4, 8), (8, 4), (8, 8), (8, 16), (16, 7), (16, 32)]
 WHOLE_GROUPS = [(2, 4), (4, 8), (4, 12), (8, 16), (8, 32)]

@@ -31,20 +31,21 @@ def uses(path: Path, package: str) -> bool:
 def test_plan_imports_neither_torch_nor_megatron() -> None:
     for path in (PACKAGE / "plan").glob("*.py"):
         assert not uses(path, "torch") and not uses(path, "megatron"), path
-    code = "import sys, paci_megatron.plan; assert not {'torch', 'megatron'} & set(sys.modules), sorted(sys.modules)"
+    code = "import sys, paci_megatron.schedule; assert not {'torch', 'megatron'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_only_host_imports_megatron_training() -> None:
+def test_only_plugin_platform_and_evaluate_import_megatron_training() -> None:
     users = {path.relative_to(PACKAGE).parts[0] for path in MODULES if uses(path, "megatron.training")}
-    assert users == {"host"}
+    assert users == {"plugin", "platform", "evaluate"}
 
 
-def test_cuda_is_named_only_in_host_and_the_device_helper() -> None:
+def test_cuda_is_named_only_in_plugin_platform_and_the_device_helper() -> None:
     named = {
         str(path.relative_to(PACKAGE))
         for path in MODULES
-        if "torch.cuda" in ast.unparse(_without_docstrings(path)) and path.relative_to(PACKAGE).parts[0] != "host"
+        if "torch.cuda" in ast.unparse(_without_docstrings(path))
+        and path.relative_to(PACKAGE).parts[0] not in ("plugin", "platform", "evaluate")
     }
     assert named == {"runtime/device.py"}
 

@@ -1,0 +1,273 @@
+"""All stages of a pipeline in one process (``--paci-emulate-stages``): Megatron builds, loads and saves each in turn.
+
+A stage is made as its own process would make it: with its place in the pipeline visible to Megatron, its own seed, its own
+model part, optimizer and scheduler, and from then on its own random numbers. So everything, checkpoints included, comes
+out as from N processes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel.schedules import forward_step
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+from paci_megatron.config import PaciConfig
+from paci_megatron.runtime.emulate import InProcessExchange, InProcessLink, in_process_links
+from paci_megatron.runtime.meters import StageMeter
+
+from .groups import agreement
+from .run import TrainingContext
+from .stage import Stage, Wiring
+
+
+class PipelinePlace:
+    """A stage's place in the pipeline, in the form of a process group: Megatron asks for ``rank()`` and ``size()``."""
+
+    def __init__(self, stage_index: int, num_stages: int) -> None:
+        self._stage_index = stage_index
+        self._num_stages = num_stages
+
+    def rank(self) -> int:
+        """The stage's index."""
+        return self._stage_index
+
+    def size(self) -> int:
+        """The number of stages."""
+        return self._num_stages
+
+
+class StageWorld:
+    """What a stage's own process would have of its own: its place in the pipeline and its random number generators."""
+
+    def __init__(self, place: PipelinePlace) -> None:
+        self.place = place
+        self.groups = copy.copy(ProcessGroupCollection.use_mpu_process_groups())
+        self.groups.pp = place
+        self._generators: _Generators | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, Megatron sees this stage's place and draws this stage's random numbers."""
+        outside, place = _Generators(), _place()
+        if self._generators is not None:
+            self._generators.restore()
+        _set_place(self.place.rank(), self.place.size())
+        try:
+            yield
+        finally:
+            _set_place(*place)
+            self._generators = _Generators()
+            outside.restore()
+
+
+class _Generators:
+    """The states of all random number generators that training draws from."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._device = torch.cuda.get_rng_state()
+        self._tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        torch.cuda.set_rng_state(self._device)
+        tensor_parallel.get_cuda_rng_tracker().set_states(self._tracker)
+
+
+def _place() -> tuple[int | None, int | None]:
+    """The place that Megatron now sees in place of the process group's: stage index and number of stages."""
+    return (
+        parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK,
+        parallel_state._MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE,
+    )
+
+
+def _set_place(stage_index: int | None, num_stages: int | None) -> None:
+    parallel_state.set_pipeline_model_parallel_rank(stage_index)
+    parallel_state.set_pipeline_model_parallel_world_size(num_stages)
+
+
+class StageOptimizers:
+    """The stages' optimizers where Megatron's training loop expects one; each is stepped by its own stage."""
+
+    is_stub_optimizer = False
+
+    def __init__(self, optimizers: list[Any]) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[Any]:
+        """The parameter groups of all stages, for the logged learning rate."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """The last stage's loss scale, which all share."""
+        return self._optimizers[-1].get_loss_scale()
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """``loss`` as the last stage's optimizer scales it."""
+        return self._optimizers[-1].scale_loss(loss)
+
+
+Setup = Callable[..., tuple[Any, Any, Any]]
+
+_loading: list[Stage] | None = None
+
+
+def stages_being_loaded() -> list[Stage] | None:
+    """The stages into which a checkpoint is being loaded, one after the other; None at other times."""
+    return _loading
+
+
+def build_stages(setup: Setup, args: argparse.Namespace, config: PaciConfig, *positional: Any, **named: Any) -> list[Stage]:
+    """Run Megatron's ``setup_model_and_optimizer`` once for each stage, as its own process would."""
+    global _loading
+    sources = {name: getattr(args, name) for name in ("load", "pretrained_checkpoint")}
+    vars(args).update(dict.fromkeys(sources))  # loaded when all stages are there: a checkpoint is read as a whole
+    links = in_process_links(config.num_stages)
+    exchanges: dict[int, InProcessExchange] = {}
+    if not args.untie_embeddings_and_output_weights:
+        exchanges = dict(zip((0, config.num_stages - 1), InProcessExchange.pair(), strict=True))
+    stages = [
+        _build_stage(index, link, exchanges.get(index), setup, args, config, *positional, **named)
+        for index, link in enumerate(links)
+    ]
+    if exchanges:
+        _tie(stages[0], stages[-1])
+    vars(args).update(sources)
+    if any(sources.values()):
+        _loading = stages
+        for stage in stages:
+            with stage.active():
+                _load_stage(stage, args, named.get("checkpointing_context"))
+        _loading = None
+    return stages
+
+
+def _load_stage(stage: Stage, args: argparse.Namespace, context: Any) -> None:
+    """Load a stage's part of the checkpoint, with the arguments of Megatron's ``setup_model_and_optimizer``."""
+    from megatron.training import training
+
+    groups = stage.groups
+    args.consumed_train_samples = args.consumed_valid_samples = 0  # where Megatron loads a run's progress into
+    args.iteration, args.num_floating_point_operations_so_far = training.load_checkpoint(
+        [stage.model],
+        stage.optimizer,
+        stage.scheduler,
+        checkpointing_context=context,
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_group=groups.dp,
+        expt_dp_group=groups.expt_dp,
+    )
+
+
+def _tie(first: Stage, last: Stage) -> None:
+    """Give the last stage the first one's embedding, as an all-reduce does where they are processes."""
+    ours, theirs = (unwrap_model(stage.model).shared_embedding_or_output_weight() for stage in (first, last))
+    with torch.no_grad():
+        theirs.copy_(ours)
+    last.optimizer.reload_model_params()
+
+
+def _build_stage(
+    index: int,
+    link: InProcessLink,
+    exchange: InProcessExchange | None,
+    setup: Setup,
+    args: argparse.Namespace,
+    config: PaciConfig,
+    *positional: Any,
+    **named: Any,
+) -> Stage:
+    from megatron.training.initialize import _set_random_seed, set_jit_fusion_options
+
+    world = StageWorld(PipelinePlace(index, config.num_stages))
+    with world.active():
+        _set_random_seed(
+            args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker, pp_group=world.place
+        )
+        # It draws random numbers, after seeding and before the model is built.
+        set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+        model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
+    meter = StageMeter(index, config.num_stages, torch.device(next(model[0].parameters()).device))
+    exchange_of_plan = (lambda record_lag: exchange) if exchange is not None else None
+    agree = agreement(args) if index == 0 else lambda record: record
+    wiring = Wiring(link=lambda record_lag: link, agree=agree, exchange=exchange_of_plan)
+    return Stage(index, config, model[0], optimizer, scheduler, world.groups, meter, wiring, world.active)
+
+
+def build_data_iterators(build: Callable[..., Any], stages: list[Stage], provider: Any) -> tuple[Any, Any, Any]:
+    """Train, validation and test iterators, each a list by stage: only the first and last stage read data."""
+    by_stage: list[Any] = [(None, None, None)] * len(stages)
+    for stage in (stages[0], stages[-1]):
+        with stage.active():
+            by_stage[stage.stage_index] = build(provider)
+    train, valid, test = (list(column) for column in zip(*by_stage, strict=True))
+    return train, valid, test
+
+
+def forward_only(
+    context: TrainingContext,
+    forward_step_func: Any,
+    data_iterator: Any,
+    num_microbatches: int,
+    collect_non_loss_data: bool,
+    first_val_step: bool | None,
+) -> list[Any]:
+    """Evaluate ``num_microbatches`` micro-batches through all stages; returns the last stage's reports."""
+    reports: list[Any] = []
+    for microbatch in range(num_microbatches):
+        tensor = None
+        for stage in context.stages:
+            with stage.active():
+                tensor, _ = forward_step(
+                    forward_step_func,
+                    context.iterator_of(stage, data_iterator),
+                    stage.model,
+                    num_microbatches,
+                    tensor,
+                    reports,
+                    stage.model_config,
+                    cp_group_size=stage.groups.cp.size(),
+                    collect_non_loss_data=collect_non_loss_data,
+                    is_first_microbatch=first_val_step is not False and microbatch == 0,
+                    current_microbatch=microbatch,
+                    is_last_stage=stage.is_last,
+                )
+    return reports
+
+
+def generate_state_dict(
+    original: Callable[..., dict[str, Any]], stages: list[Stage], args: argparse.Namespace, **named: Any
+) -> dict[str, Any]:
+    """The state of ``stages`` for one checkpoint. Tensors carry their global names, so it is the one N processes write.
+
+    The first of ``stages`` has the usual names, and what is not a tensor is its alone, as with processes; the others'
+    state stands under names of their own, which a checkpoint of tensors does not keep.
+    """
+    from megatron.training.checkpointing import get_rng_state
+
+    merged: dict[str, Any] = {}
+    for stage in stages:
+        groups = stage.groups
+        with stage.active():
+            rng_state = get_rng_state(args.ckpt_format, groups.tp, groups.pp, groups.dp_cp, groups.dp)
+            model = unwrap_model([stage.model])
+            state = original(args, model, stage.optimizer, stage.scheduler, rng_state, **named)
+        merged = state if not merged else {**merged, f"stage{stage.stage_index}": state}
+    return merged

@@ -1,0 +1,83 @@
+"""What ``--paci-trace-dir`` listens to: stages that run plans here, and Megatron's own schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import unwrap_model
+
+from paci_megatron.schedule import Action, Kind
+from paci_megatron.telemetry.trace import StageTrace
+
+from .drains import Boundaries
+
+
+def stage_trace(args: Any, model: Any, stage_index: int, num_stages: int) -> StageTrace | None:
+    """The trace of a stage with this model part. Of the ranks that share a stage the first one writes it."""
+    if args.paci_trace_dir is None or parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank():
+        return None
+    device = next(model.parameters()).device
+    run = {"schedule": args.pipeline_schedule, "emulated": args.paci_emulate_stages is not None}
+    trace = StageTrace(args.paci_trace_dir, device, stage_index, num_stages, **run)
+    trace.listen_to_layers(unwrap_model(model).decoder.layers)
+    return trace
+
+
+_KINDS = {"forward_step": Kind.FORWARD, "backward_step": Kind.BACKWARD, "step_with_ready_grads": Kind.UPDATE}
+
+
+class FlushTrace:
+    """Traces Megatron's own schedule. Only what a stage computes can be seen; the rest of its time stays a gap."""
+
+    def __init__(self, trace: StageTrace, boundaries: Boundaries) -> None:
+        self._trace = trace
+        self._boundaries = boundaries
+        self._next: dict[Kind, int] = {}  # as in a plan, since its beginning; empty between two plans
+        self._updates_due = 0
+        self._in_train_step = False
+
+    def begin_iteration(self, iteration: int) -> None:
+        """A train step starts, after ``iteration``."""
+        if not self._next:
+            self._trace.begin_plan(get_num_microbatches(), iteration)
+            self._next = {Kind.FORWARD: 0, Kind.BACKWARD: 0, Kind.UPDATE: 1}
+            self._updates_due = 1
+        self._in_train_step = True
+
+    def performing(self, function: str) -> AbstractContextManager[None]:
+        """A context in which Megatron's function of that name does its part of a training step."""
+        if not self._in_train_step:
+            return contextlib.nullcontext()
+        kind = _KINDS[function]
+        index = self._next[kind]
+        self._next[kind] += 1
+        return self._trace.performing(Action(kind, index))
+
+    def end_iteration(self, iteration: int) -> None:
+        """The train step of ``iteration`` (from 1) is done."""
+        if self._next[Kind.UPDATE] == self._updates_due:  # skipped
+            with self.performing("step_with_ready_grads"):
+                pass
+        self._updates_due += 1
+        self._in_train_step = False
+        if self._boundaries.is_drain(iteration):
+            self._trace.end_plan()
+            self._next = {}
+
+
+_current: FlushTrace | None = None
+
+
+def current() -> FlushTrace | None:
+    """The trace of Megatron's own schedule, if that is being traced on this rank."""
+    return _current
+
+
+def set_current(trace: FlushTrace | None) -> None:
+    """Set or forget it."""
+    global _current
+    _current = trace

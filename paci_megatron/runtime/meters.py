@@ -1,0 +1,141 @@
+"""What a stage measures of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from paci_megatron.runtime.device import Stopwatch
+from paci_megatron.schedule.schedules import max_drift, max_in_flight
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A stage's figures since the last report. Drift in updates, times in seconds, fractions in [0, 1].
+
+    ``copied_weight_bytes`` is the most that copies of older weights held; 0 under PACI, see ``--paci-weight-policy``.
+    """
+
+    stage_index: int
+    updates: int
+    skipped_updates: int
+    max_drift: int
+    mean_drift: float
+    max_in_flight: int
+    bubble_fraction: float
+    wall_s: float
+    copied_weight_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name, for JSON."""
+        return asdict(self)
+
+
+class BoundError(RuntimeError):
+    """A stage went beyond what its schedule allows: a bug in the schedule or its execution."""
+
+
+class StageMeter:
+    """Counts drift, micro-batches in flight, updates and computing time, and holds them against PACI's bounds."""
+
+    def __init__(self, stage_index: int, num_stages: int, device: torch.device) -> None:
+        self.stage_index = stage_index
+        self.num_stages = num_stages
+        self.device = device
+        self.saved_activation_bytes: int | None = None  # the most that was left for backwards, where it was counted
+        self._busy = Stopwatch(device)
+        self._drift_bound = 0
+        self._in_flight_bound = 0
+        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
+        self._interval_since = self._interval_busy_s = 0.0
+        self._interval_bubble: float | None = None
+        self.restart()
+
+    def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
+        """Set the bounds of the plan that starts now."""
+        self._drift_bound = max_drift(self.stage_index, self.num_stages, microbatches_per_update, extra_in_flight)
+        self._in_flight_bound = max_in_flight(self.stage_index, self.num_stages, extra_in_flight)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Time spent inside is work; what remains of the wall time is the stage's bubble."""
+        self._busy.start()
+        yield
+        self._busy.stop()
+
+    def count_forward(self, in_flight: int) -> None:
+        """Note a forward, after which ``in_flight`` micro-batches are in flight."""
+        self._max_in_flight = max(self._max_in_flight, in_flight)
+        if in_flight > self._in_flight_bound:
+            raise BoundError(
+                f"stage {self.stage_index}: {in_flight} micro-batches in flight, the schedule allows "
+                f"{self._in_flight_bound}; this is a bug in paci-megatron, please report it"
+            )
+
+    def count_backward(self, drift: int) -> None:
+        """Note a backward whose weights are ``drift`` updates newer than its forward's."""
+        self._backwards += 1
+        self._drift_sum += drift
+        self._max_drift = max(self._max_drift, drift)
+        if drift > self._drift_bound:
+            raise BoundError(
+                f"stage {self.stage_index}: drift of {drift} updates, the schedule allows {self._drift_bound}; "
+                "this is a bug in paci-megatron, please report it"
+            )
+
+    def count_update(self, successful: bool) -> None:
+        """Note an update, applied or skipped."""
+        self._updates += 1
+        self._skipped += not successful
+
+    def count_copies(self, weight_bytes: int) -> None:
+        """Note how much copies of older weights hold."""
+        self._copied_weight_bytes = max(self._copied_weight_bytes, weight_bytes)
+
+    def end_interval(self) -> None:
+        """A log interval ends here, and the next begins. Waits for nothing: what a device has still to do counts later."""
+        now, busy_s = time.perf_counter(), self._busy.so_far_s()
+        self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / (now - self._interval_since), 0.0), 1.0)
+        self._interval_since, self._interval_busy_s = now, busy_s
+
+    @property
+    def bubbles(self) -> tuple[float, float]:
+        """The least and the most bubble fraction of the last log interval; (1, 0) if none has ended yet."""
+        bubble = self._interval_bubble
+        return (1.0, 0.0) if bubble is None else (bubble, bubble)
+
+    @property
+    def max_drift(self) -> int:
+        """The largest drift since the last report, in updates."""
+        return self._max_drift
+
+    def take_report(self) -> StageReport:
+        """The figures since the last report; counting starts again from zero."""
+        wall_s = time.perf_counter() - self._since
+        report = StageReport(
+            stage_index=self.stage_index,
+            updates=self._updates,
+            skipped_updates=self._skipped,
+            max_drift=self._max_drift,
+            mean_drift=self._drift_sum / self._backwards if self._backwards else 0.0,
+            max_in_flight=self._max_in_flight,
+            bubble_fraction=max(1.0 - self._busy.take_s() / wall_s, 0.0),
+            wall_s=wall_s,
+            copied_weight_bytes=self._copied_weight_bytes,
+        )
+        self.restart()
+        return report
+
+    def restart(self) -> None:
+        """Start counting from zero, now."""
+        self._busy.take_s()
+        self._updates = self._skipped = self._backwards = self._drift_sum = 0
+        self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
+        self._since = self._interval_since = time.perf_counter()
+        self._interval_busy_s = 0.0
+        self._interval_bubble = None
