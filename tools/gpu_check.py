@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed works too
 
-# Of what setup.py requires, what is used here, as it is imported.
+# Of what pyproject.toml requires, what is used here, as it is imported.
 _REQUIRED = ("torch", "megatron.core", "numpy", "packaging", "psutil", "sentencepiece")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from email import message_from_string
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import paci_megatron
+from paci_megatron.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_VENV = ROOT / "tools" / "make_venv.sh"
@@ -27,8 +31,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "pretrain_gpt_paci.py"):
         shutil.copy(ROOT / name, source)
-    # tools and tests are copied so that the wheel could take them in by mistake.
-    for name in ("paci_megatron", "tools", "tests"):
+    # lab, tools and tests are copied so that the wheel could take them in by mistake.
+    for name in ("paci_megatron", "lab", "tools", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     output = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -72,30 +76,112 @@ def test_constraints_pin_every_requirement(wheel: Path) -> None:
     }
     for line in read_metadata(wheel).get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")
-        if "gpu" not in marker and "tensorboard" not in marker:
-            name = re.split("[^A-Za-z0-9_.-]", requirement)[0]
+        name = re.split("[^A-Za-z0-9_.-]", requirement)[0]
+        if "gpu" not in marker and "tensorboard" not in marker and name != "paci-megatron":
             assert name.lower() in pinned
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel unpacked in it, which sees what is installed here but nothing of the checkout.
+
+    What an editable installation adds to the path is left out: it is done by .pth files, which only site folders have.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, with_pip=False)
+    (site,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    libraries = [Path(entry) for entry in (sysconfig.get_path("purelib"), *sys.path) if entry.endswith("site-packages")]
+    # Linked one by one: an editable installation of this project must not come along.
+    for library in libraries:
+        for entry in library.iterdir() if library.is_dir() else ():
+            if entry.suffix != ".pth" and not entry.name.lower().startswith(("paci", "__editable__", "_distutils")):
+                with contextlib.suppress(FileExistsError):
+                    (site / entry.name).symlink_to(entry)
+    return environment
+
+
+def run_elsewhere(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What that environment's Python answers to ``arguments`` in ``folder``."""
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [str(environment / "bin" / "python"), *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+# What each command does for someone who has only the wheel: arguments, exit status, and a part of what it answers.
+ANSWERS = {
+    "plan": ("--num-stages 2 --microbatches-per-update 2 --stage-ms 1:2", 0, "2 stages, 2 micro-batches per update"),
+}
+COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_works_from_the_wheel(installed: Path, tmp_path: Path, command: str) -> None:
+    arguments, status, answer = ANSWERS[command]
+    done = run_elsewhere(installed, tmp_path, "-m", "paci_megatron.cli.main", command, *shlex.split(arguments))
+    assert done.returncode == status and answer in done.stdout + done.stderr, done.stdout + done.stderr
+    asked = run_elsewhere(installed, tmp_path, "-m", "paci_megatron.cli.main", command, "--help")
+    assert asked.returncode == 0 and f"paci-megatron {command}" in asked.stdout
+    assert ".py" not in asked.stdout, "names a script, which the wheel does not have"
+
+
+def test_the_wheels_modules_are_the_installed_ones(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from importlib.util import find_spec\n"
+        "for name in ('paci_megatron', 'pretrain_gpt_paci', 'lab'): print(getattr(find_spec(name), 'origin', None))"
+    )
+    package, entry, lab = run_elsewhere(installed, tmp_path, "-c", code).stdout.split()
+    assert Path(package).is_relative_to(installed) and Path(entry).is_relative_to(installed)
+    assert lab == "None"
+
+
+def test_every_module_of_the_cli_is_a_command() -> None:
+    files = {path.stem for path in (ROOT / "paci_megatron" / "cli").glob("*.py")} - {"__init__", "main", "parser"}
+    assert files == {command.module for commands in cli.COMMANDS.values() for command in commands.values()}
+
+
+def test_the_commands_help_imports_nothing_slow() -> None:
+    code = (
+        "import sys; from paci_megatron.cli.main import main; assert main(['--help']) == main(['--version']) == 0; "
+        "import paci_megatron.cli.plan; assert not {'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"paci-megatron {paci_megatron.__version__}\n")
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_what_an_extra_installs_is_named_when_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails as if it were not installed
+    drawn = ["plan", *shlex.split(ANSWERS["plan"][0]), "--timeline", str(tmp_path / "plan.png")]
+    assert cli.main(drawn) == 2
+    message = "paci-megatron plan: error: matplotlib is not installed: pip install 'paci-megatron[plot]'\n"
+    assert capsys.readouterr().err == message
+    assert cli.main(["draw"]) == 2 and "draw: no such command; choose from" in capsys.readouterr().err
+
+
+def test_every_extra_that_a_message_names_exists(wheel: Path) -> None:
+    extras = read_metadata(wheel).get_all("Provides-Extra", [])
+    assert {"data", "eval", "gpu", "plot", "tensorboard", *cli.EXTRAS.values()} <= set(extras)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def run(*arguments: str | Path) -> str:
-        result = subprocess.run([python, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    run("-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
-    assert "usage" in run("-m", "paci_megatron", "--help").lower()
-    for module in ("paci_megatron", "pretrain_gpt_paci"):
-        location = run("-c", f"import {module}; print({module}.__file__)").splitlines()[-1]
-        assert Path(location).is_relative_to(tmp_path / "venv")
+def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True)
+    install = ["-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}"]
+    done = run_elsewhere(environment, tmp_path, *install)
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = environment / "bin" / "paci-megatron"
+    for command in COMMANDS:
+        arguments, status, answer = ANSWERS[command]
+        done = subprocess.run([script, command, *shlex.split(arguments)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status and answer in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "usage" in run_elsewhere(environment, tmp_path, "-m", "paci_megatron", "--help").stdout
 
 
 def make_program(directory: Path, name: str, script: str) -> Path:
@@ -183,3 +269,9 @@ def test_python_variable_overrides_the_search(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "/nowhere/python3.12: " in result.stderr
     assert "pyenv: " not in result.stderr
+
+
+def test_the_version_stands_in_the_changelog_and_the_citation() -> None:
+    version = re.escape(paci_megatron.__version__)
+    assert re.search(f"^## {version}( |$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.search(f"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from lab.study import many_stages
+from paci_megatron.cli.plan import main
 from paci_megatron.schedule.schedules import max_drift
+from paci_megatron.simulate import timelines
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
+from paci_megatron.simulate.costs import PlanningError, parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.simulate.peers import find_schedule
-from tools import plan_schedule, schedule_study, timelines
-from tools.pipeline_costs import PlanningError, measured_stages, parse_stage_ms
+from paci_megatron.telemetry.stage_times import measured_stages
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "plan_schedule.txt"
@@ -30,7 +33,7 @@ SMALL = "--num-stages 2 --microbatches-per-update 2 --updates 5 --stage-ms 100:2
 
 def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The tool's output; it must succeed."""
-    status = plan_schedule.main(shlex.split(arguments))
+    status = main(shlex.split(arguments))
     captured = capsys.readouterr()
     assert status == 0, captured.err
     return captured.out
@@ -198,13 +201,12 @@ def test_stage_times_in_text() -> None:
             "--timeline draws one number of micro-batches; give one",
         ),
         ("--microbatches-per-update 4 --metrics no/such.jsonl", "no/such.jsonl"),
-        ("--study 1", "--study 1: give at least 2 stages"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan_schedule.main(shlex.split(arguments)) == 2
+    assert main(shlex.split(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert message in captured.err
@@ -220,11 +222,14 @@ def test_metrics_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
 
 
 def test_study_prints_a_row_a_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule_study, "MEASURED_MICROBATCHES", 64)
-    lines = run("--study 4 8", capsys).splitlines()
+    monkeypatch.setattr(many_stages, "MEASURED_MICROBATCHES", 64)
+    assert many_stages.main(["--study", "4", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert rows[0][:4] == ["N", "jitter", "latency", "1F1B-flush"] and len(rows) == 2 + 2 * len(schedule_study.SETTINGS)
+    assert rows[0][:4] == ["N", "jitter", "latency", "1F1B-flush"] and len(rows) == 2 + 2 * len(many_stages.SETTINGS)
     four, eight = rows[2], rows[6]
     by_title = dict(zip(rows[0], eight, strict=True))
     assert by_title | {"N": "8", "1F1B-flush": "53.3%", "PACI": "100.0%", "PACI / 1F1B-flush": "1.88"} == by_title
     assert four[0] == "4" and four[3] == "57.1%"
+    assert many_stages.main(["--study", "1"]) == 2
+    assert "--study 1: give at least 2 stages" in capsys.readouterr().err

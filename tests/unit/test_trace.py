@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from paci_megatron.cli.plan import main
 from paci_megatron.runtime.device import DeviceClock
 from paci_megatron.schedule import Action, Kind, paci
+from paci_megatron.simulate import timelines
 from paci_megatron.simulate.engine import Costs, Simulation, StageCosts, simulate
 from paci_megatron.telemetry import trace as tracing
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace import StageTrace
 from paci_megatron.telemetry.trace_file import longest, read_trace, trace_path
-from tools import plan_schedule, timelines
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "trace_report.txt"
@@ -95,7 +96,7 @@ def record(folder: Path, run: Simulation, monkeypatch: pytest.MonkeyPatch, after
 
 
 def run_tool(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    status = plan_schedule.main(shlex.split(arguments))
+    status = main(shlex.split(arguments))
     captured = capsys.readouterr()
     assert status == 0, captured.err
     return captured.out
@@ -315,7 +316,7 @@ def test_what_a_trace_cannot_answer_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     record(tmp_path, simulated(), monkeypatch)
-    assert plan_schedule.main(shlex.split(arguments.format(trace=tmp_path))) == 2
+    assert main(shlex.split(arguments.format(trace=tmp_path))) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert message.format(trace=tmp_path) in captured.err

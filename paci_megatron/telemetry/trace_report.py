@@ -1,10 +1,7 @@
-"""What a run's trace says: where the time went, beside what the simulation makes of it, and how to balance its stages. For
-plan_schedule.py.
-"""
+"""What a run's trace says: where the time went, beside what the simulation makes of it, and how to balance its stages."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,29 +11,32 @@ from paci_megatron.schedule import Kind
 from paci_megatron.schedule.actions import COMPUTE_KINDS, TRANSFER_KINDS
 from paci_megatron.simulate.advice import Scenario
 from paci_megatron.simulate.balance import Model, layout
+from paci_megatron.simulate.costs import PlanningError, require
 from paci_megatron.simulate.engine import Costs, Simulation, Span, simulate
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.simulate.render import Timelines
-from paci_megatron.telemetry.trace_file import StageStretch, Stretch, longest, read_trace
-from paci_megatron.telemetry.trace_layers import layer_counts, measured_model
-from tools.pipeline_costs import PlanningError, require
-from tools.timelines import write_timelines
+from paci_megatron.simulate.timelines import write_timelines
+
+from .trace_file import StageStretch, Stretch, longest, read_trace
+from .trace_layers import layer_counts, measured_model
 
 
 class TraceReport:
     """Some iterations of a traced run."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Reads ``--trace`` and ``--trace-iterations``; ``PlanningError`` if it does not hold them."""
-        self.folder: Path = options.trace
-        stretches = read_trace(self.folder)
-        if options.trace_iterations is None:
+    def __init__(self, folder: Path, iterations: str | None = None) -> None:
+        """Reads ``folder``, written by --paci-trace-dir, and of it the ``iterations`` FROM:TO or the longest stretch without
+        drain; ``PlanningError`` if it does not hold them.
+        """
+        self.folder = folder
+        stretches = read_trace(folder)
+        if iterations is None:
             self.stretch = longest(stretches, self.folder)
             # A run's first iteration contains its start.
             self.first = min(self.stretch.first + 1, self.stretch.last)
             self.last = self.stretch.last
         else:
-            self.first, self.last = _parse_iterations(options.trace_iterations)
+            self.first, self.last = _parse_iterations(iterations)
             self.stretch = _containing(stretches, self.first, self.last, self.folder)
         self.costs = self.stretch.costs(self.first, self.last)
 

@@ -1,13 +1,13 @@
-"""Timelines of schedules as the kind of file that its name says. For plan_schedule.py."""
+"""Timelines of schedules as the kind of file that its name says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from paci_megatron.simulate.export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
-from paci_megatron.simulate.render import Timelines, render_timelines
-from tools.pipeline_costs import require
+from .costs import require
+from .export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
+from .render import Timelines, render_timelines
 
 ENDINGS = (".txt", ".csv", ".json", ".html", ".png")
 

@@ -1,7 +1,9 @@
-"""The study of many stages, with jitter and latency: the share of the time they compute. Run by plan_schedule.py --study."""
+"""The study of many stages, with jitter and latency: the share of the time they compute. See --help."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 
 from paci_megatron.simulate.engine import Costs, StageCosts
@@ -48,3 +50,15 @@ def study(all_num_stages: Sequence[int]) -> None:
             cells = [f"{num_stages}", f"{jitter:.0%}", f"{latency:.0%}", *(f"{share:.1%}" for share in shares.values())]
             cells += [f"{shares['paci'] / shares['1f1b']:.2f}", f"{(2 * num_stages - 1) / num_stages:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(argv: list[str] | None = None, prog: str = "plan_schedule.py") -> int:
+    """Run ``--study [N ...]``; 0, or 2 after one line on standard error that says what is wrong."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--study", type=int, nargs="*", metavar="N", help="numbers of stages (default: 8 to 512)")
+    sizes = parser.parse_args(argv).study or NUM_STAGES
+    if min(sizes) < 2:
+        print(f"{prog}: error: --study {min(sizes)}: give at least 2 stages, one has no bubble", file=sys.stderr)
+        return 2
+    study(sizes)
+    return 0
