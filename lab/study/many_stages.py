@@ -60,5 +60,9 @@ def main(argv: list[str] | None = None, prog: str = "plan_schedule.py") -> int:
     if min(sizes) < 2:
         print(f"{prog}: error: --study {min(sizes)}: give at least 2 stages, one has no bubble", file=sys.stderr)
         return 2
-    study(sizes)
+    try:
+        study(sizes)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
     return 0

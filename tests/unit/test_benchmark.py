@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.benchmark import main
 from lab.benchmark.jobs import Job, RankResult
 from lab.benchmark.padding import Padding, StageTimes
 from lab.benchmark.rows import Measured, make_rows, measured_costs, overrun_warning, table
@@ -23,7 +24,6 @@ from lab.benchmark.settings import (
 )
 from paci_megatron.schedule import Kind
 from paci_megatron.simulate.engine import Costs, StageCosts
-from tools import benchmark_throughput
 
 TIMED = Settings(("1f1b", "paci", "interleaved:2"), (4,), (4,), TIMED_MODEL, stage_ms=((100, 200),), jitter=0.2, seed=3)
 
@@ -217,7 +217,7 @@ def test_cases_that_do_not_exist_are_notes() -> None:
 
 def test_schedules_take_turns_and_every_second_repeat_is_the_other_way_round() -> None:
     (group,), _ = TIMED.groups()
-    order = [(case.arm.name, repeat) for case, repeat in benchmark_throughput.measurements(TIMED, [group])]
+    order = [(case.arm.name, repeat) for case, repeat in main.measurements(TIMED, [group])]
     one, two, three = TIMED.schedules
     assert order == [(one, 0), (two, 0), (three, 0), (one, 1), (two, 1), (three, 1), (three, 2), (two, 2), (one, 2)]
 
@@ -263,7 +263,7 @@ def test_what_cannot_work_is_said_in_one_line(
     output = tmp_path / "rows.json"
     argv = ["--num-stages", "2", "--microbatches-per-update", "2", "--output", str(output), *words]
     with pytest.raises(SystemExit) as exit:
-        benchmark_throughput.main(argv)
+        main.main(argv)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
     assert not output.exists()
@@ -307,10 +307,10 @@ def test_what_is_finished_is_kept(
 ) -> None:
     settings = Settings(("1f1b", "paci"), (2,), (2,), TIMED_MODEL, stage_ms=((1, 2),))
     launcher = _Launcher(settings, fails_at=3, failure=failure)  # two of memory, one of time
-    monkeypatch.setattr(benchmark_throughput, "_launcher", lambda settings: launcher)
+    monkeypatch.setattr(main, "_launcher", lambda settings: launcher)
     output = tmp_path / "new" / "rows.json"
     argv = ["--num-stages", "2", "--microbatches-per-update", "2", "--timed-stage-ms", "1:2", "--output", str(output)]
-    assert benchmark_throughput.main(argv) == code
+    assert main.main(argv) == code
     (row,) = json.loads(output.read_text())
     assert row["schedule"] == "1f1b" and row["repeats"] == 1
     assert said in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_what_is_finished_is_kept(
 def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
     argv = ["--num-stages", "2", "--microbatches-per-update", "3", "--schedules", "1f1b", "interleaved:2", "--dry-run"]
-    assert benchmark_throughput.main([*argv, "--timed-stage-ms", "1:2", "--output", str(output)]) == 0
+    assert main.main([*argv, "--timed-stage-ms", "1:2", "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "not measured: interleaved:2" in shown and "N=2 a=3 1f1b, repeat 2" in shown and "in all about" in shown
     assert not output.exists()

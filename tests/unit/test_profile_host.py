@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.profile_host import PACKAGE, Profile, figures
+from lab.probes.host_profile import PACKAGE, Profile, figures
 
 EXECUTOR = (f"{PACKAGE}/runtime/executor.py", 1, "run_to_update")
 UPDATE = (f"{PACKAGE}/runtime/update.py", 1, "apply")
