@@ -149,6 +149,20 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "asks all ranks in every iteration while an asynchronous save is pending",
     ),
     PatchPoint(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        "results_queue_out_of_reach",
+        "mp_mode",
+        "a process that every save needs dies of the SIGTERM at which the last is made",
+    ),
+    PatchPoint(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.schedule_async_call",
+        "async_worker_out_of_reach",
+        "self async_req",
+        "a process that every asynchronous save needs dies of the SIGTERM at which the last is made",
+    ),
+    PatchPoint(
         _SCHEDULES,
         "forward_step",
         "metered",
@@ -314,10 +328,11 @@ def _factory(point: PatchPoint) -> Callable[[Callable[..., Any]], Callable[..., 
     from paci_megatron.platform import without_te as capabilities
     from paci_megatron.runtime import readings
 
+    from . import children
     from . import loop_patches as loop_hooks
     from . import setup_patches as hooks
 
-    modules = (cpu,) if point.cpu_only else (hooks, loop_hooks, readings, shared_gpu, capabilities, torch_adam)
+    modules = (cpu,) if point.cpu_only else (hooks, loop_hooks, children, readings, shared_gpu, capabilities, torch_adam)
     (factory,) = (getattr(module, point.replacement) for module in modules if hasattr(module, point.replacement))
     return factory
 
