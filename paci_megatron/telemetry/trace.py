@@ -6,7 +6,6 @@ update, and a ``drain`` where the plan ends. trace_file.py reads them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from paci_megatron.runtime.device import DeviceClock, Moment
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.actions import TRANSFER_KINDS
 
-from .metrics_file import open_to_append
+from .metrics_file import MetricsFile
 from .trace_file import EMBEDDING, INPUT, LOSS, OUTPUT, layer_part, trace_path
 
 _BATCH = 128  # actions that are written together
@@ -48,14 +47,12 @@ class StageTrace:
     """
 
     def __init__(self, folder: str | Path, device: torch.device, stage_index: int, num_stages: int, **run: Any) -> None:
-        """Appends to the stage's file in ``folder``, which is made; ``OSError`` if that cannot be done. ``run`` is what else
-        the event of a plan says.
-        """
+        """Appends to the stage's file in ``folder``, which is made. ``run`` is what else the event of a plan says."""
         self._stage_index = stage_index
         self._num_stages = num_stages
         self._run = run
         self._clock = DeviceClock(device)
-        self._stream = open_to_append(trace_path(folder, stage_index))
+        self._file = MetricsFile(trace_path(folder, stage_index))
         self._head = EMBEDDING if stage_index == 0 else INPUT
         self._tail = LOSS if stage_index == num_stages - 1 else OUTPUT
         self._has_layers = False
@@ -80,14 +77,14 @@ class StageTrace:
             "after_iteration": iteration,
             "time_s": time.time(),
         }
-        self._write([header])
+        self._file.write_all([header])
 
     def end_plan(self) -> None:
         """The pipeline is empty: write down all there is."""
         if self._pending:
             self._clock.wait_for(self._pending[-1].end)
             self._write_down(len(self._pending))
-        self._write([{"event": "drain", "iteration": self._iteration - 1}])
+        self._file.write("drain", iteration=self._iteration - 1)
 
     def begin(self, action: Action) -> None:
         """See :class:`~paci_megatron.runtime.executor.Listener`."""
@@ -161,7 +158,7 @@ class StageTrace:
             if performed.action.kind is Kind.UPDATE:
                 events.append({"event": "layers", "iteration": performed.iteration, **self._layers.take()})
         del self._pending[:count]
-        self._write(events)
+        self._file.write_all(events)
 
     def _event(self, performed: _Performed) -> dict[str, Any]:
         assert self._read is not None
@@ -198,10 +195,6 @@ class StageTrace:
         for part, (since, until) in zip([*names, last], pairwise(moments), strict=True):
             self._layers.add(kind, part, self._clock.seconds(since, until))
         self._layers.count(kind)
-
-    def _write(self, events: Sequence[dict[str, Any]]) -> None:
-        self._stream.write("".join(json.dumps(event) + "\n" for event in events))
-        self._stream.flush()
 
 
 class _LayerSums:

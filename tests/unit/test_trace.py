@@ -324,6 +324,7 @@ def test_what_a_trace_cannot_answer_is_refused_in_one_line(
 
 def test_a_trace_that_says_too_little_is_refused(tmp_path: Path) -> None:
     trace = stage_trace(tmp_path, FakeClock(), 0, num_stages=2)
+    trace_path(tmp_path, 0).touch()
     with pytest.raises(ValueError, match="holds no plan; trace a run with --paci-trace-dir"):
         read_trace(tmp_path)
     trace.begin_plan(A, 0)
