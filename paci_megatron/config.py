@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -212,15 +213,6 @@ class PaciConfig:
                 f"{args.virtual_pipeline_model_parallel_size} model chunks on a stage; paci schedules one. Write a layout "
                 f"with {num_stages} stages."
             )
-        if args.paci_drain_interval is not None and args.paci_drain_interval < 1:
-            raise ConfigError(f"--paci-drain-interval {args.paci_drain_interval}: must be at least 1 update.")
-        if args.paci_extra_in_flight < 0:
-            raise ConfigError(f"--paci-extra-in-flight {args.paci_extra_in_flight}: must be 0 or a number of micro-batches.")
-        for flag, value in (("start-iteration", args.paci_start_iteration), ("fallback", args.paci_fallback)):
-            if value < 0:
-                raise ConfigError(f"--paci-{flag} {value}: must be 0 (off) or a number of iterations.")
-        if args.paci_transfer_timeout <= 0:
-            raise ConfigError(f"--paci-transfer-timeout {args.paci_transfer_timeout:g}: must be more than 0 seconds.")
         _check_layout(args)
         _check_weight_policy(args)
         return cls(
@@ -234,8 +226,25 @@ class PaciConfig:
         )
 
 
+NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
+    ("--paci-extra-in-flight", "paci_extra_in_flight", lambda n: n >= 0, "0 or a number of micro-batches"),
+    ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
+    ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
+    ("--paci-transfer-timeout", "paci_transfer_timeout", lambda s: 0 < s < math.inf, "a number of seconds, more than 0"),
+)
+"""Flag, argument, which values make sense (of NaN no comparison is true), and in words."""
+
+
 def check_options(args: argparse.Namespace) -> None:
-    """``ConfigError`` if an option of PACI is given that the schedule would not use."""
+    """``ConfigError`` if an option of PACI has a number that makes no sense, or is one that the schedule would not use."""
+    for flag, name, makes_sense, meaning in NUMBERS:
+        value = getattr(args, name)
+        if not makes_sense(value):
+            raise ConfigError(f"{flag} {value}: must be {meaning}.")
+    # Megatron itself clips only above 0.
+    if args.pipeline_schedule == "paci" and not 0 <= args.clip_grad < math.inf:
+        raise ConfigError(f"--clip-grad {args.clip_grad}: must be a norm of gradients, or 0, which clips nothing.")
     if args.paci_weight_policy != "latest" and args.pipeline_schedule != "paci":
         raise ConfigError(
             f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "

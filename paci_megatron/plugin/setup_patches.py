@@ -27,8 +27,10 @@ from . import monitor as monitors
 from . import run as contexts
 from .drains import Boundaries, MicrobatchForecast
 from .inputs import exit_on_config_error
+from .layers import check_layers
 from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
+from .places import check_places
 from .resume import resume_line
 from .stage import Stage
 from .train_step import forward_backward_pipelining_paci
@@ -70,6 +72,8 @@ def arguments_checked(original: Function) -> Function:
         with exit_on_config_error():
             check_installed(args)
             check_options(args)
+            check_layers(args)
+            check_places(args)
             lines = shared_gpu.adapt_arguments(args)
         for line in (*adapt_to_installed(args), *lines):
             _print_first_rank(args, line)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import pytest
 
+from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import (
+    NUMBERS,
     OVERRIDES,
     UNSUPPORTED,
     ConfigError,
@@ -103,10 +106,6 @@ def test_what_would_stop_the_pipeline_is_switched_off_with_a_line(override: Any,
             {"pipeline_model_parallel_size": 1},
             r"--pipeline-model-parallel-size 1: a pipeline of one stage has no bubble.*two stages",
         ),
-        ({"paci_transfer_timeout": 0.0}, r"--paci-transfer-timeout 0: must be more than 0"),
-        ({"paci_fallback": -1}, r"--paci-fallback -1: must be 0"),
-        ({"paci_extra_in_flight": -1}, r"--paci-extra-in-flight -1: must be 0 or a number of micro-batches"),
-        ({"paci_drain_interval": 0}, r"--paci-drain-interval 0: must be at least 1"),
         (
             {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|t|t|t|t|tL"},
             r"--pipeline-model-parallel-layout E\|t.*2 model chunks.*layout with 4 stages",
@@ -116,6 +115,36 @@ def test_what_would_stop_the_pipeline_is_switched_off_with_a_line(override: Any,
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PaciConfig.from_args(namespace(**changes))
+
+
+@pytest.mark.parametrize("schedule", ["paci", "1f1b"])
+@pytest.mark.parametrize(
+    ("name", "values", "meaning"),
+    [
+        ("paci_transfer_timeout", (0.0, -1.0, math.nan, math.inf, -math.inf), "a number of seconds, more than 0"),
+        ("paci_fallback", (-1,), r"0 \(off\) or a number of iterations"),
+        ("paci_start_iteration", (-5,), r"0 \(off\) or a number of iterations"),
+        ("paci_extra_in_flight", (-1,), "0 or a number of micro-batches"),
+        ("paci_drain_interval", (0, -1), "at least 1 update"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name: str, values: tuple[float, ...], meaning: str, schedule: str) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} {value}: must be {meaning}\.$"):
+            check_options(namespace(**{name: value, "pipeline_schedule": schedule}))
+
+
+def test_every_number_of_the_command_line_group_is_checked() -> None:
+    options = add_paci_arguments(argparse.ArgumentParser())._actions
+    numbers = {option.option_strings[0] for option in options if option.type in (int, float)}
+    assert numbers == {flag for flag, *_ in NUMBERS} | {"--paci-emulate-stages"}  # by check_emulation
+
+
+@pytest.mark.parametrize("norm", [-1.0, math.nan, math.inf, -math.inf])
+def test_a_clipping_norm_that_makes_no_sense_is_refused(norm: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^--clip-grad {norm}: must be a norm of gradients, or 0, which clips nothing"):
+        check_options(namespace(clip_grad=norm))
+    check_options(namespace(clip_grad=norm, pipeline_schedule="1f1b"))  # Megatron's own, as it was
 
 
 def test_a_layout_that_leaves_a_stage_empty_is_refused() -> None:
