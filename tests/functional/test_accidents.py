@@ -15,11 +15,11 @@ import pytest
 
 from .test_commands import ENVIRONMENT, MODEL, ROOT
 
-ITERS = 150
+ITERS = 100
 # The one data worker of Megatron's must outlive a SIGTERM too.
 COMMAND = [
     *("pretrain_gpt_paci.py", *MODEL, "--mock-data", "--pipeline-model-parallel-size", "2", "--num-workers", "1"),
-    *("--train-iters", str(ITERS), "--save-interval", "40", "--override-opt_param-scheduler"),
+    *("--train-iters", str(ITERS), "--save-interval", "30", "--override-opt_param-scheduler"),
 ]
 
 
@@ -78,11 +78,11 @@ def test_sigterm_for_torchrun_after_a_save_loses_nothing(tmp_path: Path, more: t
         return [*COMMAND, *more, "--save", folder, "--load", folder, "--paci-metrics-file", f"{folder}.jsonl"]
 
     job = start(*command("stopped"), "--exit-signal-handler")
-    wait_for(job, 45)
+    wait_for(job, 35)
     os.kill(job.pid, signal.SIGTERM)
     output = finish(job)
     saved = last_checkpoint(tmp_path / "stopped")
-    assert 45 <= saved < ITERS and saved % 40, output[-3000:]
+    assert 35 <= saved < ITERS and saved % 30, output[-3000:]
 
     drained = ["--paci-drain-interval", str(saved)]  # without effect on 1f1b
     for name in ("stopped", "whole"):
