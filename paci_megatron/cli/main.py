@@ -35,10 +35,10 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
     try:
         return int(import_module(f"paci_megatron.cli.{module}").main(argv, prog))
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        print(f"{prog}: error: {error.name} is not installed: pip install 'paci-megatron[{extra}]'", file=sys.stderr)
+        print(f"{prog}: error: {package} is not installed: pip install 'paci-megatron[{EXTRAS[package]}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

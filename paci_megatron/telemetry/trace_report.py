@@ -15,8 +15,8 @@ from paci_megatron.simulate.costs import PlanningError, require
 from paci_megatron.simulate.engine import Costs, Simulation, Span, simulate
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.simulate.render import Timelines
-from paci_megatron.simulate.timelines import write_timelines
 
+from .timelines import write_timelines
 from .trace_file import StageStretch, Stretch, longest, read_trace
 from .trace_layers import layer_counts, measured_model
 

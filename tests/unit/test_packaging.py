@@ -29,8 +29,9 @@ MAKE_VENV = ROOT / "tools" / "make_venv.sh"
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the sources: setuptools leaves a build/ folder where it works."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "pretrain_gpt_paci.py"):
-        shutil.copy(ROOT / name, source)
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "docs/package-page.md", "pretrain_gpt_paci.py"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
     # lab, tools and tests are copied so that the wheel could take them in by mistake.
     for name in ("paci_megatron", "lab", "tools", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -64,6 +65,9 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "paci-megatron"
     assert metadata["Version"] == paci_megatron.__version__
     assert metadata["Requires-Python"] == ">=3.12"
+    # A relative link leads nowhere from a package's page.
+    links = re.findall(r"\]\(([^)]*)\)", str(metadata.get_payload()))
+    assert links and all(link.startswith("https://") for link in links), links
     requirements = metadata.get_all("Requires-Dist", [])
     assert any(line.startswith("megatron-core") for line in requirements)
     # On the index this name belongs to another project.
@@ -155,6 +159,8 @@ def test_the_commands_help_imports_nothing_slow() -> None:
 def test_what_an_extra_installs_is_named_when_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails as if it were not installed
     drawn = ["plan", *shlex.split(ANSWERS["plan"][0]), "--timeline", str(tmp_path / "plan.png")]
     assert cli.main(drawn) == 2

@@ -15,11 +15,11 @@ import pytest
 from lab.study import many_stages
 from paci_megatron.cli.plan import main
 from paci_megatron.schedule.schedules import max_drift
-from paci_megatron.simulate import timelines
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
 from paci_megatron.simulate.costs import PlanningError, parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.simulate.peers import find_schedule
+from paci_megatron.telemetry import timelines
 from paci_megatron.telemetry.stage_times import measured_stages
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .costs import require
-from .export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
-from .render import Timelines, render_timelines
+from paci_megatron.simulate.costs import require
+from paci_megatron.simulate.export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
+from paci_megatron.simulate.render import Timelines, render_timelines
+
+from .plotting import save
 
 ENDINGS = (".txt", ".csv", ".json", ".html", ".png")
 
@@ -38,16 +40,13 @@ def write_timelines(
 
 
 def _plot(path: Path, timelines: Timelines) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     num_stages = len(next(iter(timelines.values())))
-    size = (12, 0.8 + len(timelines) * (0.5 + 0.16 * num_stages))
-    figure, rows = pyplot.subplots(len(timelines), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for axes, (title, stages) in zip(rows[:, 0], timelines.items(), strict=True):
+    figure = Figure(figsize=(12, 0.8 + len(timelines) * (0.5 + 0.2 * num_stages)), layout="constrained")
+    rows = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, stages) in zip(rows, timelines.items(), strict=True):
         for stage, spans in enumerate(stages):
             place = (stage - 0.45, 0.9)
             waits = [((span.start_s - span.waiting_s) * 1000, span.waiting_s * 1000) for span in spans]
@@ -55,15 +54,17 @@ def _plot(path: Path, timelines: Timelines) -> None:
             bars = [(span.start_s * 1000, (span.end_s - span.start_s) * 1000) for span in spans]
             colours = [COLOURS[span.action.kind] for span in spans]
             axes.broken_barh(bars, place, facecolors=colours, edgecolor="white", linewidth=0.3)
-        axes.set(title=title, ylabel="stage", ylim=(num_stages - 0.5, -0.5))
+        axes.set(ylabel="stage", ylim=(num_stages - 0.5, -0.5))
+        axes.set_title(title, loc="left")
+        axes.margins(x=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
         axes.locator_params(axis="y", integer=True)
-    rows[-1, 0].set_xlabel("time (ms)")
+    rows[-1].set_xlabel("time (ms)")
     drawn = [span for stages in timelines.values() for spans in stages for span in spans]
-    used = {span.action.kind for span in drawn}
+    used = {span.action.kind for span in drawn if span.end_s > span.start_s}
     colours_of = {LABELS[kind]: colour for kind, colour in COLOURS.items() if kind in used}
     handles = [Patch(color=colour, label=label) for label, colour in colours_of.items()]
     if any(span.waiting_s for span in drawn):
         handles.append(Patch(color=WAITING_COLOUR, label=WAITING))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path)
