@@ -24,7 +24,7 @@ COMMANDS = {
         "plan": Command("plan", "simulate PACI and other schedules: speed, memory, drift; draw and balance a trace"),
     },
 }
-EXTRAS = {"datasets": "data", "pyarrow": "data", "tqdm": "data", "matplotlib": "plot", "tensorboard": "plot"}
+EXTRAS = {"datasets": "data", "pyarrow": "data", "tqdm": "data", "matplotlib": "plot", "tensorboard": "tensorboard"}
 """The extra of this package that installs a module which only some commands need."""
 
 

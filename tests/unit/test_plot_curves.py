@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary as torch_summary
 
 from paci_megatron.telemetry import curves, plotting
 from paci_megatron.telemetry.curves import Point, read_run, running_mean
@@ -75,41 +79,27 @@ def test_second_run_in_the_same_file_replaces_the_first(tmp_path: Path) -> None:
     assert run.validation == []
 
 
-def varint(value: int) -> bytes:
-    out = b""
-    while value > 0x7F:
-        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
-    return out + bytes([value])
+def event(wall_s: float, step: int, *values: Any) -> bytes:
+    """An event with these summary values, as TensorBoard's writer frames it."""
+    return record(Event(wall_time=wall_s, step=step, summary=Summary(value=values)).SerializeToString())
 
 
-def message(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
+def record(content: bytes) -> bytes:
+    written = io.BytesIO()
+    RecordWriter(written).write(content)
+    return written.getvalue()
 
 
-def event(wall_s: float, step: int, value: bytes = b"") -> bytes:
-    """An event with one summary value, as TensorBoard's writer frames it (with checksums of 0, which nobody reads)."""
-    body = b"\x09" + struct.pack("<d", wall_s) + b"\x10" + varint(step)
-    body += message(5, message(1, value)) if value else message(3, b"brain.Event:2")
-    return struct.pack("<QI", len(body), 0) + body + struct.pack("<I", 0)
-
-
-def scalar(tag: str, value: float) -> bytes:
-    return message(1, tag.encode()) + b"\x15" + struct.pack("<f", value)
-
-
-def text(tag: str, value: str) -> bytes:
-    """As torch's writer: metadata with the plug-in's name, and a tensor with its type, the text and its shape."""
-    metadata = message(9, message(1, message(1, b"text")))
-    return message(1, f"{tag}/text_summary".encode()) + metadata + message(8, b"\x08\x07" + message(8, value.encode()))
+def scalar(tag: str, value: float) -> Any:
+    return Summary.Value(tag=tag, simple_value=value)
 
 
 def tensorboard_folder(folder: Path, seq_length: str = "50", begin_s: float = 1000.0) -> Path:
     """300 updates of two samples, logged every hundredth, evaluated at the last."""
     folder.mkdir()
     records = [
-        event(begin_s - 9, 0),
-        event(begin_s - 8, 0, text("seq_length", seq_length)),
-        event(begin_s, 0, text("lr", "1")),
+        event(begin_s - 8, 0, *torch_summary.text("seq_length", seq_length).value),
+        event(begin_s, 0, *torch_summary.text("lr", "1").value),
     ]
     for step, loss in ((100, 6.0), (200, 5.0), (300, 4.5)):
         records.append(event(begin_s + step, step, scalar("learning-rate", 0.1)))
@@ -180,7 +170,7 @@ def test_folders_without_events_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no losses in it"):
         read_run(tmp_path, "r")
-    file.write_bytes(struct.pack("<QI", 3, 0) + b"\xff\xff\xff" + bytes(4))
+    file.write_bytes(record(b"\xff\xff\xff"))
     with pytest.raises(ValueError, match="not a TensorBoard event file"):
         read_run(tmp_path, "r")
 
