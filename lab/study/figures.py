@@ -6,31 +6,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+from paci_megatron.telemetry.plotting import COLOURS, finish, save
+
 from . import statistics as st
 from .analysis import Analysis
 from .arms import Arm
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _FLUSH = "#555555"
 
 
 def write_figures(analysis: Analysis, report: dict[str, Any], folder: Path) -> list[str]:
     """Write every figure that the finished runs allow; returns the file names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = []
     for name, draw in (
         ("loss_by_tokens.png", _loss_by_tokens),
         ("perplexity_by_time.png", _perplexity_by_time),
         ("throughput.png", _throughput),
     ):
-        figure = draw(pyplot, analysis, report)
+        figure = draw(analysis, report)
         if figure is not None:
-            figure.savefig(folder / name, dpi=130)
-            pyplot.close(figure)
+            save(figure, folder / name)
             names.append(name)
     return names
 
@@ -39,22 +34,28 @@ def _style(analysis: Analysis, arm: Arm) -> dict[str, Any]:
     if arm.is_flush:
         return {"color": _FLUSH, "linestyle": "--", "linewidth": 1.6}
     counts = analysis.counts(arm.batch_size)
-    return {"color": _COLOURS[counts.index(arm.microbatches_per_update) % len(_COLOURS)], "linewidth": 1.6}
+    return {"color": COLOURS[counts.index(arm.microbatches_per_update) % len(COLOURS)], "linewidth": 1.6}
 
 
-def _panels(pyplot: Any, analysis: Analysis, height: float = 4.6) -> tuple[Any, list[Any]]:
+def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _panels(analysis: Analysis, height: float = 4.6) -> tuple[Any, list[Any]]:
     count = len(analysis.batch_sizes)
-    figure, axes = pyplot.subplots(1, count, figsize=(6.2 * count, height), layout="constrained", squeeze=False)
-    for axis, batch_size in zip(axes[0], analysis.batch_sizes, strict=True):
+    figure, axes = _axes(count, (6.2 * count, height))
+    for axis, batch_size in zip(axes, analysis.batch_sizes, strict=True):
         axis.set_title(f"batch {batch_size}")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+        finish(axis)
+    return figure, axes
 
 
-def _loss_by_tokens(pyplot: Any, analysis: Analysis, report: dict[str, Any]) -> Any:
+def _loss_by_tokens(analysis: Analysis, report: dict[str, Any]) -> Any:
     """Validation loss of the main arms, mean over seeds, with the end enlarged."""
-    figure, axes = _panels(pyplot, analysis)
+    figure, axes = _panels(analysis)
     for axis, batch_size in zip(axes, analysis.batch_sizes, strict=True):
         reference = analysis.reference(batch_size)
         arms = [*([reference] if reference else []), *analysis.main_paci(batch_size)]
@@ -72,9 +73,9 @@ def _loss_by_tokens(pyplot: Any, analysis: Analysis, report: dict[str, Any]) -> 
     return figure
 
 
-def _perplexity_by_time(pyplot: Any, analysis: Analysis, report: dict[str, Any]) -> Any:
+def _perplexity_by_time(analysis: Analysis, report: dict[str, Any]) -> Any:
     """Perplexity against time for PACI and flush with the same number of micro-batches; arrows show the speed-ups."""
-    figure, axes = _panels(pyplot, analysis)
+    figure, axes = _panels(analysis)
     for axis, batch_size in zip(axes, analysis.batch_sizes, strict=True):
         rows = [row for row in report["thresholds"] if row["batch_size"] == batch_size]
         for arm in analysis.main_paci(batch_size):
@@ -107,17 +108,17 @@ def _arrow(axis: Any, row: dict[str, Any], colour: str) -> None:
     axis.annotate(f"{row['speedup']:.2f}x", xy=place, **offset)
 
 
-def _throughput(pyplot: Any, analysis: Analysis, report: dict[str, Any]) -> Any:
+def _throughput(analysis: Analysis, report: dict[str, Any]) -> Any:
     """Speed and activations held against the number of micro-batches."""
     rows = report["throughput"]
     if not rows:
         return None
-    figure, (speed, held) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (speed, held) = _axes(2, (11, 4.2))
     for index, batch_size in enumerate(analysis.batch_sizes):
         mine = [row for row in rows if row["batch_size"] == batch_size]
         counts = [row["microbatches_per_update"] for row in mine]
         for schedule, line, marker in (("flush", "--", "o"), ("paci", "-", "s")):
-            style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": line, "marker": marker}
+            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": line, "marker": marker}
             name = f"{'PACI' if schedule == 'paci' else '1F1B-flush'}, batch {batch_size}"
             values = [row[f"{schedule}_tokens_per_second"] for row in mine]
             speed.plot(counts, [math.nan if v is None else v for v in values], label=name, **style)
@@ -127,7 +128,6 @@ def _throughput(pyplot: Any, analysis: Analysis, report: dict[str, Any]) -> Any:
     for axis in (speed, held):
         axis.set(xlabel="micro-batches per update")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        finish(axis)
         axis.legend(frameon=False, fontsize=8)
     return figure
