@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout that 
 
 from examples.gpt.demo_corpus import standard_library, write_corpus
 from examples.gpt.demo_report import NAMES, SCHEDULES, plot_curves, summarize, table
+from lab import processes
+from lab.processes import ROOT
 from paci_megatron.telemetry.metrics_file import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 TRAIN_ITERS = 840
 # Evaluations divide training into this many periods of so many log intervals. The first and the last log interval of a
@@ -41,7 +40,6 @@ VOCAB_SIZE = 3072
 HELD_OUT_FRACTION = 0.05
 LAYERS_PER_STAGE = 2
 MAX_STAGES = 8
-TAIL_LINES = 30
 
 
 class StepFailedError(Exception):
@@ -174,53 +172,19 @@ def run_step(
     ``StepFailedError`` if it fails. An interrupt ends it first.
     """
     print(f"$ python {shlex.join(command)}", flush=True)
-    with (
-        open(log, "w", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Ctrl-C is for this process alone, which then ends the children in order.
-            start_new_session=True,
-        ) as process,
-        _ended_on_exception(process),
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if (text := shown(line)) is not None:
-                print(f"  {text}", flush=True)
-    if process.returncode:
-        tail = log.read_text(encoding="utf-8").splitlines()[-TAIL_LINES:]
-        raise StepFailedError("\n".join([*tail, f"{name} failed with status {process.returncode}; see {log}"]))
-
-
-@contextlib.contextmanager
-def _ended_on_exception(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever interrupts the body, the process is gone afterwards, and with it the workers that torchrun ends."""
-    try:
-        yield
-    except BaseException:
-        process.terminate()
+    with open(log, "wb") as file:
+        process = processes.start(command, file, environment, pipe=True)
         try:
-            process.wait(timeout=40)  # torchrun gives its workers 30 s
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-
-
-def child_environment(on_gpu: bool) -> dict[str, str]:
-    """The environment of the demo's commands."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    if not on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        # Megatron compiles fused kernels at start, which takes a while and of which a CPU run uses none.
-        environment["TORCHDYNAMO_DISABLE"] = "1"
-    return environment
+            for line in process.stdout or ():
+                file.write(line)
+                if (text := shown(line.decode(errors="replace"))) is not None:
+                    print(f"  {text}", flush=True)
+            status = process.wait()
+        except BaseException:
+            processes.end(process)
+            raise
+    if status:
+        raise StepFailedError(processes.failure(name, status, log))
 
 
 def choose_settings(train_iters: int) -> Settings:
@@ -246,7 +210,7 @@ def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
     """Build the data, train with each schedule, compare; returns the content of ``summary.json``."""
     prefix = output / "data" / "stdlib"
     corpus = prefix.with_suffix(".jsonl")
-    environment = child_environment(settings.on_gpu)
+    environment = processes.environment(settings.on_gpu)
     with _timed("corpus: the standard library's source files"):
         num_documents, num_bytes = write_corpus(standard_library(), corpus)
         print(f"  {corpus}: {num_documents} documents, {num_bytes / 1e6:.1f} MB")

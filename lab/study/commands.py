@@ -9,7 +9,6 @@ from typing import Any
 
 from .arms import Arm, Study, StudyError
 
-ROOT = Path(__file__).resolve().parents[2]
 PREPROCESS = "tools/preprocess_data.py"
 TRAIN = "pretrain_gpt_paci.py"
 

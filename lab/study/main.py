@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from lab.processes import environment
 from lab.study import commands
 from lab.study.arms import SETS, Study, StudyError
 from lab.study.records import RunFolder
-from lab.study.run import Run, environment, run_all, run_step, sole_user
+from lab.study.run import Run, run_all, run_step, sole_user
 from paci_megatron.cli.parser import CommandParser
 
 DESCRIPTION = "Trains the paper's study, or the same in small, and reports it with the paper's figures beside."

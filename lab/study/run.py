@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
-import os
-import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from lab import processes
 from paci_megatron.telemetry.metrics_file import read_metrics
 
 from .arms import StudyError
-from .commands import ROOT
 from .records import RunFolder
 
-_TAIL_LINES = 30
 _POLL_S = 0.5
-# torchrun gives its workers 30 s.
-_END_TIMEOUT_S = 40.0
 
 
 @dataclass(frozen=True)
@@ -48,15 +41,6 @@ class _Attempt:
     iteration: int = 0
 
 
-def environment(on_gpu: bool) -> dict[str, str]:
-    """The environment of all commands."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    if not on_gpu:
-        # Megatron compiles fused kernels at start, of which a CPU run uses none.
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-    return variables
-
-
 @contextlib.contextmanager
 def sole_user(output: Path) -> Iterator[None]:
     """Hold ``output`` against a second study; ``StudyError`` if there is one."""
@@ -72,14 +56,14 @@ def sole_user(output: Path) -> Iterator[None]:
 def run_step(name: str, command: list[str], log: Path, variables: dict[str, str]) -> None:
     """Run a short command to its end; ``StudyError`` with the end of its log if it fails."""
     with open(log, "ab") as file:
-        process = _start(command, file, variables)
+        process = processes.start(command, file, variables)
         try:
             status = process.wait()
         except BaseException:
-            _end([process])
+            processes.end(process)
             raise
     if status:
-        raise StudyError(_failure(name, status, log))
+        raise _failure(name, status, log)
 
 
 def run_all(runs: list[Run], jobs: int, variables: dict[str, str]) -> None:
@@ -106,7 +90,7 @@ def run_all(runs: list[Run], jobs: int, variables: dict[str, str]) -> None:
                         _finish(attempt)
                 bar.set_postfix_str(", ".join(f"{a.run.name} {a.iteration}/{a.run.train_iters}" for a in active))
         except BaseException:
-            _end([attempt.process for attempt in active])
+            processes.end(*(attempt.process for attempt in active))
             raise
 
 
@@ -116,7 +100,7 @@ def _begin(run: Run, variables: dict[str, str]) -> _Attempt:
     command = [*run.command, "--paci-metrics-file", str(metrics)]
     _say(f"{run.name}: " + (f"resumes after update {start}" if start else "starts") + f", log in {run.folder.log}")
     log = open(run.folder.log, "ab")  # noqa: SIM115 - open as long as the run
-    return _Attempt(run, _start(command, log, variables), metrics, log, time.perf_counter(), iteration=start)
+    return _Attempt(run, processes.start(command, log, variables), metrics, log, time.perf_counter(), iteration=start)
 
 
 def _advance(attempt: _Attempt) -> int:
@@ -131,7 +115,7 @@ def _finish(attempt: _Attempt) -> None:
     attempt.log.close()
     run, status = attempt.run, attempt.process.returncode
     if status:
-        raise StudyError(_failure(run.name, status, run.folder.log))
+        raise _failure(run.name, status, run.folder.log)
     events = run.folder.events()
     evaluations = [event for event in events if event["event"] == "evaluation"]
     if not evaluations or evaluations[-1]["iteration"] != run.train_iters:
@@ -155,41 +139,5 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _failure(name: str, status: int, log: Path) -> str:
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    return "\n".join([*tail, f"{name} failed with status {status}; see {log}. Rerun the same command to try it again."])
-
-
-def _start(command: list[str], log: IO[bytes], variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    log.write(f"$ python {shlex.join(command)}\n".encode())
-    log.flush()
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        # Ctrl-C is for this process alone, which then ends the children in order.
-        start_new_session=True,
-        preexec_fn=_end_with_parent,
-    )
-
-
-def _end_with_parent() -> None:
-    """In a child: be told to end when the study is killed. Linux only; elsewhere a killed study leaves its children."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _end(processes: list[subprocess.Popen[Any]]) -> None:
-    """Ask the processes to end, torchrun its workers first, and insist after a while."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _END_TIMEOUT_S
-    for process in processes:
-        try:
-            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _failure(name: str, status: int, log: Path) -> StudyError:
+    return StudyError(f"{processes.failure(name, status, log)}. Rerun the same command to try it again.")

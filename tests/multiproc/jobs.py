@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import paci_megatron
+from paci_megatron.runtime.saved import SavedActivations
 
 from .evaluation_jobs import (  # noqa: F401 - jobs by name
     adopted_arguments,
@@ -254,50 +255,35 @@ def _bare_megatron_on_cpu() -> Iterator[None]:
 def _measured_memory(result: TrainingResult, training: Any, models: list[Any]) -> Iterator[None]:
     """Measure the peak of what autograd holds for backwards, and of tensors as large as all weights of the stage.
 
-    Saved tensors count once per storage, and without the weights, which they share. Tensors are counted after each
-    train_step, which under paci is with micro-batches in flight.
+    Tensors are counted after each train_step, which under paci is with micro-batches in flight.
     """
-    held: Counter[int] = Counter()  # saved tensors by storage
-    sizes: dict[int, int] = {}
-    weights: set[int] = set()
-
-    class Saved:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-            self.key = tensor.untyped_storage().data_ptr()
-            if self.key not in weights:
-                held[self.key] += 1
-                sizes[self.key] = tensor.untyped_storage().nbytes()
-                result.peak_saved_bytes = max(result.peak_saved_bytes, sum(sizes.values()))
-
-        def __del__(self) -> None:
-            if self.key in held:
-                held[self.key] -= 1
-                if not held[self.key]:
-                    del held[self.key], sizes[self.key]
+    saved: SavedActivations | None = None
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        if not weights:
-            weights.update(p.untyped_storage().data_ptr() for model in models for p in model.parameters())
+        nonlocal saved
+        if saved is None:
+            saved = SavedActivations(parameter for model in models for parameter in model.parameters())
+            stack.enter_context(saved.watched())
         returned = original(*args, **kwargs)
         gc.collect()
-        largest = max(p.numel() for model in models for p in model.parameters())
+        largest = max(parameter.numel() for model in models for parameter in model.parameters())
         storages = {
             tensor.untyped_storage().data_ptr()
             for tensor in gc.get_objects()
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= 4 * largest
-        } - earlier.keys()
+        }
+        result.peak_saved_bytes = saved.peak_bytes
         result.peak_weight_sized_tensors = max(result.peak_weight_sized_tensors, len(storages))
         return returned
 
-    # What earlier runs in this process have left does not count. Held, so that no new tensor takes its place.
+    # What earlier runs in this process have left does not count: neither gc.collect nor gc.get_objects sees it.
     gc.collect()
-    left = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
-    earlier = {tensor.untyped_storage().data_ptr(): tensor for tensor in left}
+    gc.freeze()
     original, training.train_step = training.train_step, train_step
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+    with contextlib.ExitStack() as stack:
         yield
     training.train_step = original
+    gc.unfreeze()
 
 
 _COLLECTIVES = (

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from lab.processes import ROOT
+
 from .helpers import PACI, GetPool, arguments, slow
-from .pool import ROOT, Pool
+from .pool import Pool
 
 CONTEXT = 16  # of the model
 SPLITS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), *slow((1, 2, 1), (1, 1, 2))]
