@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.multiproc.pool import Pool
+from tests.support.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lab.study.arms import SETS
+from lab.study.commands import placeholder_data, training_command
 from paci_megatron.schedule.schedules import max_drift, speedup_limit
+from paci_megatron.telemetry.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples/gpt"
@@ -156,6 +159,39 @@ def test_nothing_but_what_selects_the_arm_changes(commands: dict[Arm, list[str]]
     folders = {value(printed(arm), "--save") for arm in ARMS}
     assert len(folders) == len(ARMS), "by default each arm has a folder of its own"
     assert value(printed(PACI, SEED="7"), "--save") not in folders
+
+
+# Where the study goes its own way: it evaluates all arms on the same held-out sequences, at 190 places.
+STUDYS_OWN = {"--eval-interval", "--eval-iters", "--save-interval", "--log-interval", "--nproc-per-node"}
+
+
+def test_the_study_trains_by_the_scripts_recipe() -> None:
+    study = SETS["gpt2-medium"]()
+    data = placeholder_data(study, "/data/owt")
+    for arm in study.arms:
+        schedule = "1f1b" if arm.is_flush else "paci"
+        script = printed(Arm(schedule, arm.batch_size, arm.microbatches_per_update), DATA_PREFIX="/data/owt")
+        command = training_command(study, arm, 1234, data, Path("/data/run"))
+        shared = {word for word in command if word.startswith("--")} & set(script) - STUDYS_OWN
+        assert "--pipeline-model-parallel-layout" in shared
+        assert {
+            "--num-layers",
+            "--hidden-size",
+            "--adam-beta2",
+            "--weight-decay",
+            "--lr",
+            "--train-iters",
+            "--rerun-mode",
+        } <= shared
+        for flag in shared - {"--save", "--load", "--data-cache-path", "--pipeline-schedule"}:
+            ours, theirs = (after(words, flag) for words in (command, script))
+            assert ours == theirs or float(ours) == pytest.approx(float(theirs), rel=1e-6), (flag, ours, theirs)
+
+
+def after(command: list[str], flag: str) -> str:
+    """The word after ``flag``, or nothing if that is another flag."""
+    word = command[command.index(flag) + 1]
+    return "" if word.startswith("--") else word
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing(tmp_path: Path, commands: dict[Arm, list[str]]) -> None:
@@ -389,7 +425,7 @@ def test_an_arm_trains_on_its_data_and_resumes(tmp_path: Path, corpus: str) -> N
         variables = {"EXTRA_FLAGS": tiny, "ON_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
         done = bash(TRAIN, *arguments, **PACI.environment(), **places, **variables)
         assert done.returncode == 0, done.stdout[-3000:]
-        return [json.loads(line) for line in metrics.read_text().splitlines()]
+        return read_metrics(metrics)
 
     first = run("--exit-interval", "4")
     assert [event["iteration"] for event in first if event["event"] == "train"] == [1, 2, 3, 4]

@@ -18,8 +18,8 @@ import torch
 
 from paci_megatron.runtime.device import HostCopy, Stopwatch, peak_memory_bytes, reset_peak_memory
 from paci_megatron.telemetry.metrics_file import read_metrics
-from tests.multiproc.helpers import PACI, arguments, emulated
-from tests.multiproc.link_jobs import LinkResult, exchange_by_plan
+from tests.support.helpers import PACI, arguments, emulated
+from tests.support.link_jobs import LinkResult, exchange_by_plan
 
 ROOT = Path(__file__).parents[2]
 NUM_GPUS = torch.cuda.device_count()

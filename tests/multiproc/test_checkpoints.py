@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from . import interruptions
-from .helpers import PACI, GetPool, arguments, assert_same_bits, assert_same_weights, emulated, slow
-from .jobs import TrainingResult
-from .pool import JobError
+from tests.support import interruptions
+from tests.support.helpers import PACI, GetPool, arguments, assert_same_bits, assert_same_weights, emulated, slow
+from tests.support.jobs import TrainingResult
+from tests.support.pool import JobError
 
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 RESHARDABLE = (*DISTRIBUTED_OPTIMIZER, "--dist-ckpt-optim-fully-reshardable")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .helpers import (
+from tests.support.helpers import (
     PACI,
     GetPool,
     OneProcess,
@@ -20,10 +20,10 @@ from .helpers import (
     emulated,
     slow,
 )
-from .helpers import without as without_flags
-from .interruptions import Injection
-from .jobs import TrainingResult
-from .pool import JobError
+from tests.support.helpers import without as without_flags
+from tests.support.interruptions import Injection
+from tests.support.jobs import TrainingResult
+from tests.support.pool import JobError
 
 CLIPPED = ["--clip-grad", "0.5"]  # gradients of the small model have norms between 1 and 3
 UNCHECKED = ["--no-check-for-nan-in-loss-and-grad"]

@@ -9,8 +9,7 @@ import pytest
 
 from paci_megatron.schedule.schedules import max_drift
 from paci_megatron.telemetry.metrics_file import read_metrics
-
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, assert_same_weights, emulated, slow
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, assert_same_weights, emulated, slow
 
 SIZES = [(num_stages, a) for num_stages in (2, 4) for a in (1, 2, 3, 8)]
 

@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from lab.processes import ROOT
-
-from .helpers import PACI, GetPool, arguments, slow
-from .pool import Pool
+from tests.support.helpers import PACI, GetPool, arguments, slow
+from tests.support.pool import Pool
 
 CONTEXT = 16  # of the model
 SPLITS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), *slow((1, 2, 1), (1, 1, 2))]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated
-from .link_jobs import UPDATES, A, LinkResult
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated
+from tests.support.link_jobs import UPDATES, A, LinkResult
 
 
 @pytest.mark.parametrize(("num_stages", "link"), [(2, "p2p"), (4, "p2p"), (4, "host")])

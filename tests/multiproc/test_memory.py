@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .helpers import PACI, GetPool, arguments
+from tests.support.helpers import PACI, GetPool, arguments
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])

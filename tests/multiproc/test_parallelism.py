@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated, without
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated, without
 
 LLAMA = [
     *("--group-query-attention", "--num-query-groups", "1", "--position-embedding-type", "rope", "--swiglu"),

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated, slow
-from .interruptions import Injection, Terminated
-from .pool import Pool
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated, slow
+from tests.support.interruptions import Injection, Terminated
+from tests.support.pool import Pool
 
 ITERS = 20
 

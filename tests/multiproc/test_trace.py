@@ -14,8 +14,7 @@ from paci_megatron.schedule.records import with_records
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace_file import EMBEDDING, LOSS, Stretch, layer_part, read_trace, trace_path
 from paci_megatron.telemetry.trace_layers import layer_counts
-
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated
 
 ITERATIONS, DRAIN = 5, 3  # one drain on the way, one at the end
 DRAINED = ["--eval-interval", str(DRAIN), *PACI]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 
 from paci_megatron.schedule.schedules import max_drift, max_in_flight
-
-from . import interruptions
-from .helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
-from .pool import JobError
+from paci_megatron.telemetry.metrics_file import read_metrics
+from tests.support import interruptions
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, emulated, slow
+from tests.support.pool import JobError
 
 
 @pytest.mark.parametrize(("num_stages", "a"), [(2, 3), (4, 1), (4, 3), *slow((2, 1), (2, 2), (4, 6))])
@@ -69,7 +68,7 @@ def drains(pool: GetPool, corpus: str, path: Path, num_stages: int, a: int, inte
     """What each stage measured up to each drain of a run of 12 updates that drains after every ``interval``."""
     argv = arguments(corpus, num_stages, a, "--eval-interval", str(interval), iters=12)
     pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-metrics-file", str(path)])
-    events = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "drain"]
+    events = [event for event in read_metrics(path) if event["event"] == "drain"]
     assert [event["iteration"] for event in events] == list(range(interval, 13, interval))
     return events
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import PACI, OneProcess, arguments, emulated, without
-from .waits import counted
+from tests.support.helpers import PACI, OneProcess, arguments, emulated, without
+from tests.support.waits import counted
 
 FIRST, LAST = 3, 9
 

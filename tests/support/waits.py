@@ -30,7 +30,7 @@ _READS = {
 # The tests read losses to compare them. Data is made on the host; generators' states and the step counts of PyTorch's
 # optimizers live there.
 _ON_THE_HOST = (
-    "/multiproc/jobs.py:training_log",
+    "/support/jobs.py:training_log",
     "/datasets/",
     "/torch/utils/data/",
     "/tensor_parallel/random.py",

@@ -1,6 +1,6 @@
 """A pool of worker processes with Megatron imported, so that a test pays for its training and not for start-up.
 
-Each worker is one rank over gloo. A job is a function of ``tests.multiproc.jobs``, run on every rank at once; its
+Each worker is one rank over gloo. A job is a function of ``tests.support.jobs``, run on every rank at once; its
 results come back in rank order. A job that fails or hangs takes its pool with it, and the next test gets a new one.
 """
 
@@ -27,7 +27,7 @@ class JobError(AssertionError):
 
 @functools.cache
 def _starter() -> Starter:
-    return Starter("tests.multiproc.preload", CPU_ENVIRONMENT)
+    return Starter("tests.support.preload", CPU_ENVIRONMENT)
 
 
 class Pool:
@@ -37,7 +37,7 @@ class Pool:
         self._ranks = Ranks(_starter(), world_size, _work)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """The results of ``tests.multiproc.jobs.<job>(**arguments)``, by rank; :class:`JobError` if any rank fails."""
+        """The results of ``tests.support.jobs.<job>(**arguments)``, by rank; :class:`JobError` if any rank fails."""
         for connection in self._ranks.connections:
             connection.send((job, arguments))
         results: dict[int, Any] = {}

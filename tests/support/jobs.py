@@ -101,7 +101,7 @@ def train(
 def train_by_reference(
     argv: list[str], within: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
 ) -> TrainingResult:
-    """Train the models that Megatron builds for emulated stages with tests/reference.py in the place of its loop."""
+    """Train the models that Megatron builds for emulated stages with tests/support/reference.py in the place of its loop."""
     reports: list[torch.Tensor] = []  # (summed loss, tokens) of each micro-batch
     result = TrainingResult()
 
@@ -109,7 +109,7 @@ def train_by_reference(
         from megatron.core.utils import unwrap_model
         from megatron.training import get_args
 
-        from tests import reference
+        from tests.support import reference
 
         args, data = get_args(), others[2]
         a = args.global_batch_size // args.micro_batch_size
@@ -133,7 +133,7 @@ def _reference_stage(
     from megatron.core import parallel_state
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
-    from tests import reference
+    from tests.support import reference
 
     def forward(microbatch: int, activation: torch.Tensor | None) -> torch.Tensor:
         batch = next(data) if data is not None else {}
