@@ -15,16 +15,16 @@ def install() -> None:
     """Add the PACI schedule to the installed Megatron, and on a machine without CUDA the CPU backend.
 
     Call it before the training script builds anything. Without ``--pipeline-schedule paci`` on the command line
-    Megatron then behaves as before. ``RuntimeError`` if already installed, or if the installed Megatron is not one this
-    version knows; then nothing has been changed.
+    Megatron then behaves as before. A second call does nothing. ``RuntimeError`` with the list of differences if the
+    installed Megatron is not one that the plugin fits; then nothing has been changed.
     """
-    from .plugin import install as patches
+    from .plugin import install as installation
 
-    patches.install()
+    installation.install()
 
 
 def uninstall() -> None:
     """Restore Megatron as it was before :func:`install`; ``RuntimeError`` if not installed."""
-    from .plugin import install as patches
+    from .plugin import install as installation
 
-    patches.uninstall()
+    installation.uninstall()

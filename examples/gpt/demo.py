@@ -161,7 +161,7 @@ def progress_line(line: str) -> str | None:
     if iteration := _ITERATION.search(line):
         fields = [field.strip() for field in line.split("|")]
         return " | ".join([iteration[0], *(field for field in fields if field.startswith(_KEPT_FIELDS))])
-    return line if line.startswith(("paci, ", "paci-megatron: ", "validation loss at ")) else None
+    return line if line.startswith(("paci-megatron: ", "validation loss at ")) else None
 
 
 def run_step(

@@ -88,12 +88,12 @@ def _record_iterations(job: Job, result: RankResult, steps: _Steps) -> None:
     microbatches = job.iterations * job.microbatches_per_update
 
     def take(monitor: RunMonitor) -> None:
-        report = monitor.meters[0].take_report()
-        busy_s = (1 - report.bubble_fraction) * report.wall_s
+        figures = monitor.meters[0].take_figures()
+        busy_s = (1 - figures.bubble_fraction) * figures.wall_s
         forward_s, backward_s = steps.forward_watch.take_s(), steps.backward_watch.take_s()
         result.forward_s, result.backward_s = forward_s / microbatches, backward_s / microbatches
         result.update_s = max(busy_s - forward_s - backward_s, 0.0) / job.iterations
-        result.utilization, result.max_drift = busy_s / report.wall_s, report.max_drift
+        result.utilization, result.max_drift = busy_s / figures.wall_s, figures.max_drift
         if steps.padding is not None:
             result.actions, result.overruns = steps.padding.take_counts()
 

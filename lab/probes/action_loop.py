@@ -7,7 +7,6 @@ gradient that is always there in the place of the second. Both sides do the same
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ import paci_megatron
 import pretrain_gpt_paci
 from paci_megatron.runtime.control import Record
 from paci_megatron.schedule import Action
+from paci_megatron.schedule.plan import Plan
 
 
 class _AloneLink:
@@ -60,18 +60,37 @@ class _AloneLink:
     def drain(self) -> None: ...
 
 
+class _Alone:
+    """A first stage's transport to a second one that has every gradient ready, and takes no time."""
+
+    def __init__(self, gradient: torch.Tensor) -> None:
+        self._link = _AloneLink(gradient)
+
+    def link(self, stage_index: int, record_lag: int) -> _AloneLink:
+        return self._link
+
+    def tied_exchange(self, stage_index: int, record_lag: int) -> None:
+        return None
+
+    def agree(self, record: Record) -> Record:
+        return record
+
+    def rank_of(self, stage_index: int) -> int:
+        return 0
+
+
 class Measurement:
     """Times ``updates`` updates of the first stage, each way, ``repeats`` times in turns."""
 
     def __init__(self, forward_step: Any, data: Any, updates: int, repeats: int) -> None:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        from paci_megatron.plugin import run as contexts
+        from paci_megatron.plugin import run as runs
 
-        context = contexts.current()
-        assert context is not None
-        self._args, self._stage = context.args, context.stages[0]
-        self._forward_step, self._data = forward_step, context.iterator_of(self._stage, data)
+        run = runs.current()
+        assert run is not None
+        self._args, self._run, self._stage = run.args, run, run.stages[0]
+        self._forward_step, self._data = forward_step, run.iterator_of(self._stage, data)
         self._updates, self._repeats, self._a = updates, repeats, get_num_microbatches()
         config = self._stage.model_config
         shape = (self._args.seq_length, self._args.micro_batch_size, config.hidden_size)
@@ -96,14 +115,18 @@ class Measurement:
 
     def _loop(self) -> None:
         """The stage's plan, from one drain to the next."""
-        stage, link = self._stage, _AloneLink(self._gradient)
-        stage._wiring = dataclasses.replace(stage._wiring, link=lambda record_lag: link)
-        stage.begin_plan(self._a, lambda update: update == self._updates, self._args, 0, lambda update, total: None)
-        stage.feed(self._forward_step, self._data)
+        from paci_megatron.plugin.running_plan import RunningPlan
+
+        config = self._run.config
+        assert config is not None
+        plan = Plan("paci", config.num_stages, self._a, is_drain=lambda update: update == self._updates)
+        transport, step = _Alone(self._gradient), self._stage.optimizer.step
+        running = RunningPlan(plan, 0, self._stage, config, self._args, transport, step, lambda update, total: None)
+        running.compute.forward_step_func, running.compute.data_iterator = self._forward_step, self._data
         for _ in range(self._updates):
-            with stage.active():
-                stage.run_to_update()
-        stage.end_plan()
+            with running.at_work():
+                running.executor.run_to_update()
+        running.finish()
 
     def _bare(self) -> None:
         """The same work by Megatron's functions."""

@@ -231,7 +231,7 @@ def set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = Fa
     torch.default_generator.set_state(state)
 
 
-def cpu_generator(original: Callable[..., Any]) -> Callable[..., None]:
+def wrap_set_cuda_rng_state(original: Callable[..., Any]) -> Callable[..., None]:
     """What stands in the place of Megatron's function that sets the device's generator."""
     return set_rng_state
 
@@ -260,7 +260,7 @@ def _without_drawing(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def norm_within_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_torch_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the construction of PyTorch's norms, the only ones on a CPU, which Megatron refuses under sequence parallelism.
 
     They compute the same on a part of the sequence. What is missing is the mark by which Megatron sums their gradients over
@@ -279,7 +279,7 @@ def norm_within_sequence_parallel(original: Callable[..., Any]) -> Callable[...,
     return __new__
 
 
-def already_on_host(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_maybe_move_tensor_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     """What stands in the place of the function that copies the expert router's counts to the host: they are there."""
 
     @functools.wraps(original)

@@ -84,7 +84,7 @@ def _is_used() -> bool:
     return bool(get_args().paci_link == "host")
 
 
-def communicator_of_link(original: Function) -> Function:
+def wrap_p2p_communicator(original: Function) -> Function:
     """What stands in the place of ``P2PCommunicator`` where Megatron's schedules make one."""
 
     def communicator(pp_group: Any, config: Any) -> Any:
@@ -93,7 +93,7 @@ def communicator_of_link(original: Function) -> Function:
     return communicator
 
 
-def reduced_one_by_one(original: Function) -> Function:
+def wrap_coalescing_manager(original: Function) -> Function:
     """Wrap ``_coalescing_manager``: gloo reduces CUDA tensors, but not several in one call."""
 
     @functools.wraps(original)

@@ -16,7 +16,7 @@ import torch
 Function = Callable[..., Any]
 
 
-def with_steps_to_load(original: Function) -> Function:
+def wrap_sharded_state_dict(original: Function) -> Function:
     """Wrap ``DistributedOptimizer.sharded_state_dict``, which reads a step count even to load one."""
 
     @functools.wraps(original)
@@ -33,7 +33,7 @@ def with_steps_to_load(original: Function) -> Function:
     return sharded_state_dict
 
 
-def loaded_with_own_step(original: Function) -> Function:
+def wrap_set_main_param_and_optimizer_states(original: Function) -> Function:
     """Wrap ``DistributedOptimizer._set_main_param_and_optimizer_states``, which copies a parameter's state from a
     checkpoint.
 

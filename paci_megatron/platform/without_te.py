@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from paci_megatron.config import ConfigError
 
@@ -80,23 +76,6 @@ def _weight_gradients(args: argparse.Namespace) -> str:
     if args.gradient_accumulation_fusion:
         return "weight gradients: added up by the matrix product that computes them"
     return "weight gradients: computed, then added up (gradient accumulation fusion is off, or Apex is not installed)"
-
-
-def norm_on_device(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the kernel of the gradient norm. Megatron's own, used without Transformer Engine and Apex, reads the norm of
-    each parameter to the host: a wait for each. Under paci this one leaves them on the device.
-    """
-    from megatron.core.utils import local_multi_tensor_l2_norm
-
-    from paci_megatron.plugin import run as contexts
-
-    def l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *args: Any) -> Any:
-        if original is not local_multi_tensor_l2_norm or not contexts.runs_plans():
-            return original(chunk_size, noop_flag, tensor_lists, *args)
-        norms = torch._foreach_norm(tensor_lists[0])
-        return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
-
-    return l2_norm
 
 
 def _importable(name: str) -> bool:

@@ -41,7 +41,7 @@ def _sigterm_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def results_queue_out_of_reach(original: Function) -> Function:
+def wrap_get_write_results_queue(original: Function) -> Function:
     """Wrap ``get_write_results_queue``, whose queue lives in a process of its own from the first save on."""
 
     @functools.wraps(original)
@@ -61,7 +61,7 @@ def results_queue_out_of_reach(original: Function) -> Function:
     return get_write_results_queue
 
 
-def async_worker_out_of_reach(original: Function) -> Function:
+def wrap_schedule_async_call(original: Function) -> Function:
     """Wrap ``PersistentAsyncCaller.schedule_async_call``, the first of which starts the process that writes them all."""
 
     @functools.wraps(original)

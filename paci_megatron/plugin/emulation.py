@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.pipeline_parallel.schedules import forward_step
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
-from paci_megatron.config import PaciConfig
-from paci_megatron.runtime.emulate import InProcessExchange, InProcessLink, in_process_links
+from paci_megatron.runtime.emulate import InProcessTransport
 from paci_megatron.runtime.meters import StageMeter
 
 from .groups import agreement
-from .run import TrainingContext
-from .stage import Stage, Wiring
+from .run import Run
+from .stage import Stage
 
 
 class PipelinePlace:
@@ -102,7 +101,7 @@ def _set_place(stage_index: int | None, num_stages: int | None) -> None:
 
 
 class StageOptimizers:
-    """The stages' optimizers where Megatron's training loop expects one; each is stepped by its own stage."""
+    """The stages' optimizers where Megatron's training loop, and the user, expect one."""
 
     is_stub_optimizer = False
 
@@ -114,6 +113,10 @@ class StageOptimizers:
         """The parameter groups of all stages, for the logged learning rate."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
+    def step(self) -> Any:
+        """Step the optimizer of the stage at work; each stage calls it, as each stage's process would its own."""
+        return self._optimizers[parallel_state.get_pipeline_model_parallel_rank()].step()
+
     def get_loss_scale(self) -> torch.Tensor:
         """The last stage's loss scale, which all share."""
         return self._optimizers[-1].get_loss_scale()
@@ -123,39 +126,25 @@ class StageOptimizers:
         return self._optimizers[-1].scale_loss(loss)
 
 
-Setup = Callable[..., tuple[Any, Any, Any]]
-
-_loading: list[Stage] | None = None
-
-
-def stages_being_loaded() -> list[Stage] | None:
-    """The stages into which a checkpoint is being loaded, one after the other; None at other times."""
-    return _loading
-
-
-def build_stages(setup: Setup, args: argparse.Namespace, config: PaciConfig, *positional: Any, **named: Any) -> list[Stage]:
+def build_stages(
+    run: Run, setup: Callable[..., tuple[Any, Any, Any]], *positional: Any, **named: Any
+) -> tuple[list[Stage], InProcessTransport]:
     """Run Megatron's ``setup_model_and_optimizer`` once for each stage, as its own process would."""
-    global _loading
+    args = run.args
     sources = {name: getattr(args, name) for name in ("load", "pretrained_checkpoint")}
     vars(args).update(dict.fromkeys(sources))  # loaded when all stages are there: a checkpoint is read as a whole
-    links = in_process_links(config.num_stages)
-    exchanges: dict[int, InProcessExchange] = {}
-    if not args.untie_embeddings_and_output_weights:
-        exchanges = dict(zip((0, config.num_stages - 1), InProcessExchange.pair(), strict=True))
-    stages = [
-        _build_stage(index, link, exchanges.get(index), setup, args, config, *positional, **named)
-        for index, link in enumerate(links)
-    ]
-    if exchanges:
+    num_stages = args.pipeline_model_parallel_size
+    stages = [_build_stage(index, num_stages, setup, args, *positional, **named) for index in range(num_stages)]
+    if stages[0].ties_embeddings:
         _tie(stages[0], stages[-1])
     vars(args).update(sources)
     if any(sources.values()):
-        _loading = stages
+        run.stages, run.is_loading = stages, True
         for stage in stages:
             with stage.active():
                 _load_stage(stage, args, named.get("checkpointing_context"))
-        _loading = None
-    return stages
+        run.is_loading = False
+    return stages, InProcessTransport(num_stages, stages[0].ties_embeddings, agreement(args))
 
 
 def _load_stage(stage: Stage, args: argparse.Namespace, context: Any) -> None:
@@ -185,18 +174,11 @@ def _tie(first: Stage, last: Stage) -> None:
 
 
 def _build_stage(
-    index: int,
-    link: InProcessLink,
-    exchange: InProcessExchange | None,
-    setup: Setup,
-    args: argparse.Namespace,
-    config: PaciConfig,
-    *positional: Any,
-    **named: Any,
+    index: int, num_stages: int, setup: Callable[..., Any], args: argparse.Namespace, *positional: Any, **named: Any
 ) -> Stage:
     from megatron.training.initialize import _set_random_seed, set_jit_fusion_options
 
-    world = StageWorld(PipelinePlace(index, config.num_stages))
+    world = StageWorld(PipelinePlace(index, num_stages))
     with world.active():
         _set_random_seed(
             args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker, pp_group=world.place
@@ -204,44 +186,41 @@ def _build_stage(
         # It draws random numbers, after seeding and before the model is built.
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
         model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
-    meter = StageMeter(index, config.num_stages, torch.device(next(model[0].parameters()).device))
-    exchange_of_plan = (lambda record_lag: exchange) if exchange is not None else None
-    agree = agreement(args) if index == 0 else lambda record: record
-    wiring = Wiring(link=lambda record_lag: link, agree=agree, exchange=exchange_of_plan)
-    return Stage(index, config, model[0], optimizer, scheduler, world.groups, meter, wiring, world.active)
+    meter = StageMeter(index, num_stages, torch.device(next(model[0].parameters()).device))
+    return Stage(index, num_stages, model[0], optimizer, scheduler, world.groups, meter, world.active)
 
 
 def build_data_iterators(build: Callable[..., Any], stages: list[Stage], provider: Any) -> tuple[Any, Any, Any]:
-    """Train, validation and test iterators, each a list by stage: only the first and last stage read data."""
-    by_stage: list[Any] = [(None, None, None)] * len(stages)
-    for stage in (stages[0], stages[-1]):
+    """Train, validation and test iterators, each a list by stage, as ``provider`` makes them there."""
+    by_stage = []
+    for stage in stages:
         with stage.active():
-            by_stage[stage.stage_index] = build(provider)
+            by_stage.append(build(provider))
     train, valid, test = (list(column) for column in zip(*by_stage, strict=True))
     return train, valid, test
 
 
 def forward_only(
-    context: TrainingContext,
+    run: Run,
     forward_step_func: Any,
     data_iterator: Any,
     num_microbatches: int,
     collect_non_loss_data: bool,
     first_val_step: bool | None,
 ) -> list[Any]:
-    """Evaluate ``num_microbatches`` micro-batches through all stages; returns the last stage's reports."""
-    reports: list[Any] = []
+    """Evaluate ``num_microbatches`` micro-batches through all stages; returns the last stage's losses."""
+    losses: list[Any] = []
     for microbatch in range(num_microbatches):
         tensor = None
-        for stage in context.stages:
+        for stage in run.stages:
             with stage.active():
-                tensor, _ = forward_step(
+                tensor, _ = schedules.forward_step(
                     forward_step_func,
-                    context.iterator_of(stage, data_iterator),
+                    run.iterator_of(stage, data_iterator),
                     stage.model,
                     num_microbatches,
                     tensor,
-                    reports,
+                    losses,
                     stage.model_config,
                     cp_group_size=stage.groups.cp.size(),
                     collect_non_loss_data=collect_non_loss_data,
@@ -249,7 +228,7 @@ def forward_only(
                     current_microbatch=microbatch,
                     is_last_stage=stage.is_last,
                 )
-    return reports
+    return losses
 
 
 def generate_state_dict(

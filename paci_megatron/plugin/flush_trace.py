@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.telemetry.trace import StageTrace
 
-from .drains import Boundaries
+from .drains import Drains
 
 
 def stage_trace(args: Any, model: Any, stage_index: int, num_stages: int) -> StageTrace | None:
@@ -33,20 +34,32 @@ _KINDS = {"forward_step": Kind.FORWARD, "backward_step": Kind.BACKWARD, "step_wi
 class FlushTrace:
     """Traces Megatron's own schedule. Only what a stage computes can be seen; the rest of its time stays a gap."""
 
-    def __init__(self, trace: StageTrace, boundaries: Boundaries) -> None:
+    def __init__(self, trace: StageTrace, drains: Drains) -> None:
         self._trace = trace
-        self._boundaries = boundaries
+        self._drains = drains
         self._next: dict[Kind, int] = {}  # as in a plan, since its beginning; empty between two plans
         self._updates_due = 0
         self._in_train_step = False
 
-    def begin_iteration(self, iteration: int) -> None:
-        """A train step starts, after ``iteration``."""
+    @contextlib.contextmanager
+    def iteration(self, iteration: int) -> Iterator[None]:
+        """A train step happens inside, after ``iteration``."""
         if not self._next:
             self._trace.begin_plan(get_num_microbatches(), iteration)
             self._next = {Kind.FORWARD: 0, Kind.BACKWARD: 0, Kind.UPDATE: 1}
             self._updates_due = 1
         self._in_train_step = True
+        try:
+            yield
+        finally:
+            self._in_train_step = False
+        if self._next[Kind.UPDATE] == self._updates_due:  # skipped
+            with self._trace.performing(Action(Kind.UPDATE, self._updates_due)):
+                self._next[Kind.UPDATE] += 1
+        self._updates_due += 1
+        if self._drains.is_drain(iteration + 1):
+            self._trace.end_plan()
+            self._next = {}
 
     def performing(self, function: str) -> AbstractContextManager[None]:
         """A context in which Megatron's function of that name does its part of a training step."""
@@ -56,28 +69,3 @@ class FlushTrace:
         index = self._next[kind]
         self._next[kind] += 1
         return self._trace.performing(Action(kind, index))
-
-    def end_iteration(self, iteration: int) -> None:
-        """The train step of ``iteration`` (from 1) is done."""
-        if self._next[Kind.UPDATE] == self._updates_due:  # skipped
-            with self.performing("step_with_ready_grads"):
-                pass
-        self._updates_due += 1
-        self._in_train_step = False
-        if self._boundaries.is_drain(iteration):
-            self._trace.end_plan()
-            self._next = {}
-
-
-_current: FlushTrace | None = None
-
-
-def current() -> FlushTrace | None:
-    """The trace of Megatron's own schedule, if that is being traced on this rank."""
-    return _current
-
-
-def set_current(trace: FlushTrace | None) -> None:
-    """Set or forget it."""
-    global _current
-    _current = trace

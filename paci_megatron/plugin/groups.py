@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 
+from paci_megatron.config import ConfigError
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.links import (
     DirectIncoming,
@@ -25,10 +26,10 @@ from paci_megatron.runtime.links import (
     P2PLink,
     TensorPair,
 )
-from paci_megatron.runtime.tied_embeddings import TensorExchange
 from paci_megatron.schedule.schedules import sends_in_flight
 
-from .exits import can_exit
+from .drains import can_exit
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -106,68 +107,83 @@ def _incoming(direction: Direction, link: str, shape: tuple[int, ...], dtype: to
     return kind(direction.group, direction.sender, shape, dtype, device)
 
 
-def p2p_links(
-    args: argparse.Namespace, config: Any, shape: tuple[int, ...], device: torch.device
-) -> Callable[[int], P2PLink]:
-    """Makes this stage's link, for a plan's record lag. Collective.
+class ProcessTransport:
+    """A :class:`~paci_megatron.runtime.links.Transport` between processes that hold one stage each."""
 
-    Each pair of neighbouring stages has a group for activations and one for gradients. Megatron's ``P2PCommunicator``
-    says who they are. (Its own calls pair a send with a receive and wait for both, and use the world group for one
-    direction when there are two stages.)
-    """
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    communicator = P2PCommunicator(pp_group=pipeline, config=config)
-    here = dist.get_rank()
-    before = None if communicator.is_pp_first_stage else communicator.prev_rank
-    after = None if communicator.is_pp_last_stage else communicator.next_rank
-    down = [(by, to) for by, to in ((before, here), (here, after)) if by is not None and to is not None]
-    activations = dict(zip(down, create_directions(down, "PACI_ACTIVATIONS", args, device), strict=True))
-    up = [(to, by) for by, to in down]
-    gradients = dict(zip(up, create_directions(up, "PACI_GRADIENTS", args, device), strict=True))
-    minutes = args.distributed_timeout_minutes
-    hold = sends_in_flight(pipeline.size(), args.paci_extra_in_flight)
-    (records,) = create_groups([dist.get_process_group_ranks(pipeline)], "PACI_RECORDS", minutes, backend="gloo")
+    def __init__(self, args: argparse.Namespace, stage: Stage) -> None:
+        """Makes the process groups. Collective: every rank makes its own together.
 
-    def neighbour(rank: int | None, outgoing: dict[Any, Direction], incoming: dict[Any, Direction]) -> Neighbour | None:
+        Each pair of neighbouring stages has a group for activations and one for gradients. Megatron's ``P2PCommunicator``
+        says who they are. (Its own calls pair a send with a receive and wait for both, and use the world group for one
+        direction when there are two stages.)
+        """
+        config = stage.model_config
+        if config.variable_seq_lengths:
+            raise ConfigError(
+                "variable sequence lengths do not work with --pipeline-schedule paci: transfers have one shape, fixed "
+                "before training. Pad the batches to --seq-length."
+            )
+        self._args = args
+        self._dtype = config.pipeline_dtype
+        (self._shape,) = get_tensor_shapes(
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            config=config,
+            tp_group=stage.groups.tp,
+            cp_group=stage.groups.cp,
+        )
+        self._device = next(stage.model.parameters()).device
+        communicator = P2PCommunicator(pp_group=stage.groups.pp, config=config)
+        self._here = here = dist.get_rank()
+        self._ranks = dist.get_process_group_ranks(stage.groups.pp)
+        self._before = None if communicator.is_pp_first_stage else communicator.prev_rank
+        self._after = None if communicator.is_pp_last_stage else communicator.next_rank
+        down = [(by, to) for by, to in ((self._before, here), (here, self._after)) if by is not None and to is not None]
+        self._activations = dict(zip(down, create_directions(down, "PACI_ACTIVATIONS", args, self._device), strict=True))
+        up = [(to, by) for by, to in down]
+        self._gradients = dict(zip(up, create_directions(up, "PACI_GRADIENTS", args, self._device), strict=True))
+        minutes = args.distributed_timeout_minutes
+        (self._records,) = create_groups([self._ranks], "PACI_RECORDS", minutes, backend="gloo")
+        self._tied_weight = weight = stage.tied_weight()
+        first, last = self._ranks[0], self._ranks[-1]
+        self._tied = [
+            create_directions([pair] if weight is not None else [], name, args, self._device)
+            for pair, name in (((first, last), "PACI_TIED_FROM_FIRST"), ((last, first), "PACI_TIED_FROM_LAST"))
+        ]
+        self.agree = agreement(args)
+
+    def link(self, stage_index: int, record_lag: int) -> P2PLink:
+        """See :class:`~paci_megatron.runtime.links.Transport`."""
+        previous = self._neighbour(self._before, outgoing=self._gradients, incoming=self._activations)
+        following = self._neighbour(self._after, outgoing=self._activations, incoming=self._gradients)
+        return P2PLink(previous, following, self._records, record_lag)
+
+    def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
+        """See :class:`~paci_megatron.runtime.links.Transport`."""
+        if self._tied_weight is None:
+            return None
+        (from_first,), (from_last,) = self._tied
+        there, back = (from_first, from_last) if self._here == self._ranks[0] else (from_last, from_first)
+        like = self._tied_weight.main_grad  # type: ignore[attr-defined]  # Megatron's
+        incoming = _incoming(back, self._args.paci_link, tuple(like.shape), like.dtype, self._device)
+        return TensorPair(_outgoing(there, self._args.paci_link, hold=record_lag + 1), incoming)
+
+    def rank_of(self, stage_index: int) -> int:
+        """See :class:`~paci_megatron.runtime.links.Transport`."""
+        return self._ranks[stage_index]
+
+    def _neighbour(
+        self, rank: int | None, outgoing: dict[tuple[int, int], Direction], incoming: dict[tuple[int, int], Direction]
+    ) -> Neighbour | None:
         if rank is None:
             return None
+        hold = sends_in_flight(len(self._ranks), self._args.paci_extra_in_flight)
         return Neighbour(
             rank,
-            _outgoing(outgoing[here, rank], args.paci_link, hold=hold),
-            _incoming(incoming[rank, here], args.paci_link, shape, config.pipeline_dtype, device),
+            _outgoing(outgoing[self._here, rank], self._args.paci_link, hold=hold),
+            _incoming(incoming[rank, self._here], self._args.paci_link, tuple(self._shape), self._dtype, self._device),
         )
-
-    def link(record_lag: int) -> P2PLink:
-        previous = neighbour(before, outgoing=gradients, incoming=activations)
-        following = neighbour(after, outgoing=activations, incoming=gradients)
-        return P2PLink(previous, following, records, record_lag)
-
-    return link
-
-
-def tied_exchange(
-    args: argparse.Namespace, like: torch.Tensor | None, device: torch.device
-) -> Callable[[int], TensorExchange] | None:
-    """Makes the exchange of the tied embedding's gradients, of the form of ``like``, for a plan's record lag.
-
-    None on the stages between the first and the last, which have no ``like``. Collective.
-    """
-    pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    first, last = pipeline[0], pipeline[-1]
-    from_first, from_last = (
-        create_directions([pair] if like is not None else [], name, args, device)
-        for pair, name in (((first, last), "PACI_TIED_FROM_FIRST"), ((last, first), "PACI_TIED_FROM_LAST"))
-    )
-    if like is None:
-        return None
-    (there,), (back,) = (from_first, from_last) if dist.get_rank() == first else (from_last, from_first)
-    shape, dtype = tuple(like.shape), like.dtype
-
-    def exchange(lag: int) -> TensorPair:
-        incoming = _incoming(back, args.paci_link, shape, dtype, device)
-        return TensorPair(_outgoing(there, args.paci_link, hold=lag + 1), incoming)
-
-    return exchange
 
 
 def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:

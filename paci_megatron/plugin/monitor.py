@@ -1,4 +1,4 @@
-"""Reports a run's progress: PACI's line beside Megatron's log line, and the metrics file, for either schedule."""
+"""Tells a run's progress: PACI's line beside Megatron's log line, and the metrics file, for either schedule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from megatron.core import parallel_state
 
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.device import peak_memory_bytes, reset_peak_memory
-from paci_megatron.runtime.meters import StageMeter, StageReport
+from paci_megatron.runtime.meters import StageFigures, StageMeter
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
-from .drains import Boundaries
+from .drains import Drains
+from .log import PREFIX
 
 
 class RunMonitor:
@@ -25,15 +26,15 @@ class RunMonitor:
     Training time, ``train_s`` in the metrics, runs from the first iteration and stands still in evaluations and saves.
     """
 
-    def __init__(self, args: Any, meters: list[StageMeter], boundaries: Boundaries) -> None:
+    def __init__(self, args: Any, meters: list[StageMeter], drains: Drains) -> None:
         self.meters = meters
         self._args = args
-        self._boundaries = boundaries
+        self._drains = drains
         self._schedule: str = args.pipeline_schedule
         self._drained = True
-        self._is_reporter = dist.get_rank() == dist.get_world_size() - 1
+        self._speaks = dist.get_rank() == dist.get_world_size() - 1
         path = args.paci_metrics_file
-        self._file = MetricsFile(path) if path and self._is_reporter else None
+        self._file = MetricsFile(path) if path and self._speaks else None
         self._begin_s = time.perf_counter()
         self._first_iteration_s: float | None = None
         self._paused_s = 0.0
@@ -62,23 +63,23 @@ class RunMonitor:
         self._record_totals(iteration, totals or {})
         if "lm loss" in losses:
             self._losses.append(losses["lm loss"].detach())
-        self._drained = self._boundaries.is_drain(iteration)
+        self._drained = self._drains.is_drain(iteration)
         if self._drained:
-            self._report_stages(iteration)
+            self._gather_stages(iteration)
 
     def _record_totals(self, iteration: int, totals: dict[int, Record]) -> None:
         """Norms to the writers, each under its own iteration. Megatron itself writes that of the iteration just done."""
         if totals:
             self._total = max(totals.items())
         self._skipped += sum(not total.is_finite for total in totals.values())
-        if self._is_reporter:
+        if self._speaks:
             for of_iteration, total in sorted(totals.items()):
                 if of_iteration != iteration:
                     _write_scalars({"grad-norm": total.norm}, of_iteration)
 
     def log_interval(self, iteration: int) -> None:
         """Megatron has logged ``iteration``: print what is known of all stages, write the interval's mean loss and time."""
-        if self._is_reporter and self._schedule == "paci" and self._total is not None:
+        if self._speaks and self._schedule == "paci" and self._total is not None:
             print(interval_line(iteration, *self._total, self._skipped), flush=True)
         if self._file is None or not self._losses:
             return
@@ -129,21 +130,21 @@ class RunMonitor:
             "time_s": time.perf_counter() - self._begin_s,
         }
 
-    def _report_stages(self, iteration: int) -> None:
+    def _gather_stages(self, iteration: int) -> None:
         """Gather every stage's figures since the last drain. A collective, which is why it happens at drains only."""
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
         peak = peak_memory_bytes(self.meters[0].device)
-        mine = [(meter.take_report(), meter.saved_activation_bytes) for meter in self.meters], peak
+        mine = [(meter.take_figures(), meter.saved_activation_bytes) for meter in self.meters], peak
         dist.all_gather_object(gathered, mine, group=group)
-        reports, saved = zip(*(stage for stages, _ in gathered for stage in stages), strict=True)
-        if not self._is_reporter:
+        figures, saved = zip(*(stage for stages, _ in gathered for stage in stages), strict=True)
+        if not self._speaks:
             return
         if self._schedule == "paci":
-            print(stage_line(iteration, reports), flush=True)
-            _write_scalars(_stage_scalars(reports), iteration)
+            print(stage_line(iteration, figures), flush=True)
+            _write_scalars(_stage_scalars(figures), iteration)
         if self._file is not None:
-            stages = [report.as_dict() for report in reports]
+            stages = [each.as_dict() for each in figures]
             self._file.write("drain", schedule=self._schedule, iteration=iteration, stages=stages)
             self._file.write(
                 "memory",
@@ -153,11 +154,11 @@ class RunMonitor:
             )
 
 
-def _stage_scalars(reports: Sequence[StageReport]) -> dict[str, float]:
+def _stage_scalars(figures: Sequence[StageFigures]) -> dict[str, float]:
     return {
-        f"paci/{name.replace('_', '-')}/stage-{report.stage_index}": value
-        for report in reports
-        for name, value in report.as_dict().items()
+        f"paci/{name.replace('_', '-')}/stage-{each.stage_index}": value
+        for each in figures
+        for name, value in each.as_dict().items()
         if name != "stage_index"
     }
 
@@ -179,7 +180,7 @@ def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int
     if total.least_bubble <= total.most_bubble:
         fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest")
     fields += [f"max drift: {total.max_drift:.0f}", f"skipped updates: {skipped}"]
-    return f" paci, iteration {iteration:8d} | {' | '.join(fields)} |"
+    return f"{PREFIX} iteration {iteration:8d} | {' | '.join(fields)} |"
 
 
 def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
@@ -194,31 +195,17 @@ def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
     }
 
 
-def stage_line(iteration: int, reports: Sequence[StageReport]) -> str:
+def stage_line(iteration: int, figures: Sequence[StageFigures]) -> str:
     """PACI's log line: each stage's figures since the last drain, first stage to last."""
 
     def column(values: list[str]) -> str:
         return " ".join(values)
 
     return (
-        f" paci, drained after iteration {iteration:8d} | {reports[0].updates} updates | by stage:"
-        f" max drift {column([str(r.max_drift) for r in reports])} |"
-        f" mean drift {column([f'{r.mean_drift:.3f}' for r in reports])} |"
-        f" in flight {column([str(r.max_in_flight) for r in reports])} |"
-        f" bubble {column([f'{r.bubble_fraction:.1%}' for r in reports])} |"
-        f" skipped updates {column([str(r.skipped_updates) for r in reports])} |"
+        f"{PREFIX} drained after iteration {iteration:8d} | {figures[0].updates} updates | by stage:"
+        f" max drift {column([str(f.max_drift) for f in figures])} |"
+        f" mean drift {column([f'{f.mean_drift:.3f}' for f in figures])} |"
+        f" in flight {column([str(f.max_in_flight) for f in figures])} |"
+        f" bubble {column([f'{f.bubble_fraction:.1%}' for f in figures])} |"
+        f" skipped updates {column([str(f.skipped_updates) for f in figures])} |"
     )
-
-
-_current: RunMonitor | None = None
-
-
-def current() -> RunMonitor | None:
-    """The run in progress, if anything is measured."""
-    return _current
-
-
-def set_current(monitor: RunMonitor | None) -> None:
-    """Set or forget the run in progress."""
-    global _current
-    _current = monitor

@@ -1,62 +1,119 @@
-"""The training run of one process: its stage or emulated stages, and where the pipeline drains."""
+"""The training run of this process: one object, from the set-up of the model to the end."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe import moe_logging
 
-from paci_megatron.config import ConfigError, PaciConfig
+from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.emulate import run_stages_to_update
+from paci_megatron.runtime.emulate import run_to_update
+from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.update import UpdateResult
-from paci_megatron.schedule.records import record_lag
-from paci_megatron.schedule.schedules import max_drift, max_in_flight
+from paci_megatron.schedule.plan import Plan
 
-from . import groups as wiring
-from .drains import Boundaries
-from .fallback import SpikeDetector
-from .stage import Stage, Wiring
+from .drains import Drains, MicrobatchForecast
+from .flush_trace import FlushTrace, stage_trace
+from .log import print_last_rank
+from .moe_metrics import DrainedMoEMetrics
+from .monitor import RunMonitor
+from .running_plan import RunningPlan
+from .stage import Stage
 from .watchdog import Watchdog
 
 
-class TrainingContext:
-    """One process's run of plans: one stage of a distributed pipeline, or all stages of an emulated one.
+class Run:
+    """A process's training, of a set of stages: one of a distributed pipeline, or all of an emulated one.
 
-    ``iteration`` counts finished iterations. Between :meth:`is_drained` moments micro-batches are in flight, and Megatron
-    may not evaluate, save or stop.
+    ``stages`` are those whose plans are run here; there are none under Megatron's own schedule, of which only the time is
+    measured. ``plans`` has the running plan of each stage; there are none while the pipeline is empty. ``iteration`` counts
+    finished iterations. Megatron may evaluate, save or stop only while the pipeline is empty.
+
+    Made when the set-up of the model begins; :meth:`start` makes the rest when the model is there.
     """
 
-    def __init__(self, config: PaciConfig, args: argparse.Namespace, boundaries: Boundaries, stages: list[Stage]) -> None:
-        self.config = config
+    meters: Sequence[StageMeter]
+    drains: Drains
+    monitor: RunMonitor
+
+    def __init__(self, args: argparse.Namespace, config: PaciConfig | None) -> None:
+        """``config`` is None under Megatron's own schedule."""
         self.args = args
-        self.boundaries = boundaries
+        self.config = config
+        self.stages: list[Stage] = []
+        self.plans: list[RunningPlan] = []
+        self.iteration = 0
+        self.updates: list[UpdateResult] = []  # of each stage in the last iteration
+        self.totals: dict[int, Record] = {}  # of all stages, by iteration, which have become known in the last one
+        self.flush_trace: FlushTrace | None = None
+        self.loss_scale: torch.Tensor | None = None  # on the host, a scalar, where plans are run
+        self.is_loading = False  # a checkpoint, into emulated stages one after the other
+        self.restored: dict[str, Any] | None = None  # what the loaded checkpoint has of :meth:`args_to_save`
+        self.evaluating: tuple[str, int] | None = None  # prefix and iteration of the evaluation in progress
+        self._watchdog: Watchdog | None = None
+        self._moe_tracker: Any = None
+
+    @property
+    def runs_plans(self) -> bool:
+        """Whether plans are run here, rather than Megatron's own schedule."""
+        return bool(self.stages)
+
+    @property
+    def emulates(self) -> bool:
+        """Whether all stages of the pipeline are in this process."""
+        return self.config is not None and self.config.emulates
+
+    def start_measuring(self, meter: StageMeter, model: Any) -> None:
+        """Training is about to begin under Megatron's own schedule."""
+        self._start_monitor([meter])
+        trace = stage_trace(self.args, model, meter.stage_index, meter.num_stages)
+        if trace is not None:
+            self.flush_trace = FlushTrace(trace, self.drains)
+
+    def start(self, stages: list[Stage], transport: Transport, optimizer: Any) -> None:
+        """Training is about to begin with ``stages``; ``optimizer`` is what Megatron's loop, and the user, have as one."""
+        args = self.args
         self.stages = stages
-        self.iteration: int = args.iteration
-        self.last_updates: list[UpdateResult] = []
-        self._totals: dict[int, Record] = {}  # of all stages, by iteration; complete some updates later
-        self._last_judged = self.iteration
-        self._spikes = SpikeDetector()
+        self._transport = transport
+        self._optimizer = optimizer
+        self.iteration = args.iteration
+        self._start_monitor([stage.meter for stage in stages])
         for stage in stages:
             keep_gradient_statistics_within_stage(stage.optimizer)
-            keep_loss_scale_on_host(stage.optimizer)
+            stage.trace = stage_trace(args, stage.model, stage.stage_index, self._config.num_stages)
             if args.paci_metrics_file:
-                stage.measure_saved_activations()
-        self.watchdog = Watchdog(stages, args.paci_transfer_timeout, torch.distributed.get_rank())
+                stage.saved = SavedActivations(stage.model.parameters())
+        # Megatron's loop logs it in every iteration, and would wait for the device. It is a constant: paci refuses fp16.
+        self.loss_scale = torch.tensor(float(optimizer.get_loss_scale()), device="cpu")
+        if self.restored is not None:
+            self._restore(self.restored)
+        self._new_plan(get_num_microbatches()).check()
+        if args.num_experts is not None:
+            self._moe_tracker = moe_logging.get_moe_metrics_tracker()
+            moe_logging.set_moe_metrics_tracker(DrainedMoEMetrics(self.is_drained))
+        self._watchdog = Watchdog(self, args.paci_transfer_timeout, torch.distributed.get_rank())
+        self._watchdog.start()
+
+    def stop(self) -> None:
+        """The run is over, or another begins."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+        if self._moe_tracker is not None:
+            moe_logging.set_moe_metrics_tracker(self._moe_tracker)
+            self._moe_tracker = None
 
     def is_drained(self) -> bool:
         """Whether the pipeline is empty and all stages have done the same updates."""
-        return self.stages[0].is_drained()
-
-    def stage_here(self) -> Stage:
-        """The stage that is at work: this process's, or the emulated one whose place Megatron sees."""
-        return self.stages[parallel_state.get_pipeline_model_parallel_rank() if self.config.emulates else 0]
+        return not self.plans
 
     def require_drained(self, purpose: str) -> None:
         """``RuntimeError`` if micro-batches are in flight when Megatron is about to do ``purpose``."""
@@ -66,169 +123,100 @@ class TrainingContext:
                 "foretold it. This is a bug in paci-megatron; --paci-drain-interval 1 works around it."
             )
 
-    def run_iteration(self, forward_step_func: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
-        """Perform the plan up to the next update; returns the losses of its window (empty but on the last stage)."""
-        if self.is_drained():
-            self._begin_plan(num_microbatches)
-        for stage in self.stages:
-            stage.feed(forward_step_func, self.iterator_of(stage, data_iterator))
-        self.last_updates = run_stages_to_update(self.stages)
-        self.iteration += 1
-        if self.boundaries.leaves_flush(self.iteration):
-            _print_last_rank(f"not flushing from iteration {self.iteration + 1} on")
-        if self.boundaries.is_drain(self.iteration):
-            for stage in self.stages:
-                stage.end_plan()
-            if not self.args.untie_embeddings_and_output_weights:
-                self._check_tied_embeddings()
-        return self.stages[-1].take_losses()
+    def stage_here(self) -> Stage:
+        """The stage that is at work: this process's, or the emulated one whose place Megatron sees."""
+        return self.stages[parallel_state.get_pipeline_model_parallel_rank() if self.emulates else 0]
 
     def iterator_of(self, stage: Stage, data_iterator: Any) -> Any:
         """The iterator that feeds ``stage``: Megatron's, or an emulated stage's own (see emulation.py)."""
-        return data_iterator[stage.stage_index] if isinstance(data_iterator, list) else data_iterator
+        return data_iterator[stage.stage_index] if self.emulates else data_iterator
 
-    def _begin_plan(self, a: int) -> None:
-        begin = self.iteration
+    def run_iteration(self, forward_step_func: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
+        """Perform the plan up to the next update; returns the losses of its window (empty but on the last stage)."""
+        if not self.plans:
+            self._begin_plans(num_microbatches)
+        for running in self.plans:
+            running.compute.forward_step_func = forward_step_func
+            running.compute.data_iterator = self.iterator_of(running.stage, data_iterator)
+        self.totals = {}
+        self.updates = run_to_update(self.plans)
+        self.iteration += 1
+        losses = self.plans[-1].compute.take_losses()
+        if self.drains.leaves_flush(self.iteration):
+            print_last_rank(f"not flushing from iteration {self.iteration + 1} on")
+        if self.drains.is_drain(self.iteration):
+            for running in self.plans:
+                running.finish()
+            self.plans = []
+            self._check_tied_embeddings()
+        return losses
 
-        def is_drain(update: int) -> bool:
-            return self.boundaries.is_drain(begin + update)
+    def args_to_save(self, args: argparse.Namespace) -> argparse.Namespace:
+        """``args`` with what a checkpoint must have for a resumed run to be one that never stopped; the same on every rank.
 
-        lag = record_lag(self.config.num_stages, a, self.config.extra_in_flight)
+        None under Megatron's own schedule, which must not hand on that of a checkpoint it began with.
+        """
+        state = None
+        if self.runs_plans and not self.is_loading:
+            state = {"last_total": self.stages[0].last_total.to_save(), **self.drains.to_save()}
+        return argparse.Namespace(**{**vars(args), "paci_state": state})
 
-        def on_total(update: int, total: Record) -> None:
-            iteration = begin + update
-            if iteration <= self._last_judged:  # stages in one process tell the same, one after the other
-                return
-            self._last_judged = iteration
-            self._totals[iteration] = total
-            if total.exits:
-                self.boundaries.drain_at(iteration + lag + 1)
-            if self.args.paci_fallback:
-                self._watch(iteration, total, from_iteration=iteration + lag + 1)
-
-        for stage in self.stages:
-            stage.begin_plan(a, is_drain, self.args, begin, on_total)
-
-    def state_to_save(self) -> dict[str, Any]:
-        """What a checkpoint must have for a resumed run to be one that never stopped; the same on every rank."""
-        flushing = self.boundaries.flushing
-        return {
-            "last_total": self.stages[0].last_total.to_save(),
-            "losses": self._spikes.to_save(),
-            "flushing": (flushing.start, flushing.stop),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_to_save`."""
+    def _restore(self, state: dict[str, Any]) -> None:
         for stage in self.stages:
             stage.last_total = Record(*state["last_total"])
-        self._spikes = SpikeDetector(state["losses"])
-        self.boundaries.flushing = range(*state["flushing"])
+        self.drains.restore(state)
 
-    def take_totals(self) -> dict[int, Record]:
-        """The records of all stages together that have become known, by iteration, removed."""
-        taken, self._totals = self._totals, {}
-        return taken
+    @property
+    def _config(self) -> PaciConfig:
+        assert self.config is not None
+        return self.config
+
+    def _start_monitor(self, meters: list[StageMeter]) -> None:
+        interval = self.config.drain_interval if self.config is not None else self.args.paci_drain_interval
+        self.meters = meters
+        self.drains = Drains(self.args, interval, MicrobatchForecast(self.args))
+        self.monitor = RunMonitor(self.args, meters, self.drains)
+
+    def _new_plan(self, microbatches_per_update: int) -> Plan:
+        """The plan that begins after this iteration."""
+        begin, drains, config = self.iteration, self.drains, self._config
+        return Plan(
+            config.schedule,
+            config.num_stages,
+            microbatches_per_update,
+            config.extra_in_flight,
+            lambda update: drains.is_drain(begin + update),
+        )
+
+    def _begin_plans(self, microbatches_per_update: int) -> None:
+        plan, begin = self._new_plan(microbatches_per_update), self.iteration
+
+        def on_total(update: int, total: Record) -> None:
+            self.totals[begin + update] = total
+            line = self.drains.hear(begin + update, total, known_at=begin + update + plan.record_lag)
+            if line is not None:
+                print_last_rank(line)
+
+        self.plans = [
+            RunningPlan(
+                plan, begin, stage, self._config, self.args, self._transport, lambda: self._optimizer.step(), on_total
+            )
+            for stage in self.stages
+        ]
 
     def _check_tied_embeddings(self) -> None:
         """``RuntimeError`` if the two replicas of a tied embedding are not the same. A collective, for drains."""
+        if not self.stages[0].ties_embeddings:
+            return
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
-        mine = [stage.tied_fingerprint() for stage in self.stages if stage.holds_tied_embedding]
-        torch.distributed.all_gather_object(gathered, mine, group=group)
-        fingerprints = [fingerprint for stages in gathered for fingerprint in stages]
-        if len(set(fingerprints)) != 1:
+        torch.distributed.all_gather_object(gathered, [stage.tied_fingerprint() for stage in self.stages], group=group)
+        fingerprints = {fingerprint for stages in gathered for fingerprint in stages} - {None}
+        if len(fingerprints) > 1:
             raise RuntimeError(
                 f"the tied embedding differs between the first and last stage after iteration {self.iteration}; this is a "
                 "bug in paci-megatron, please report it. --untie-embeddings-and-output-weights works around it."
             )
-
-    def _watch(self, iteration: int, total: Record, from_iteration: int) -> None:
-        """Fall back to flushing from ``from_iteration`` on if training goes wrong. Every rank decides alike."""
-        jumps = self._spikes.is_spike(total.loss)
-        if total.is_finite and not jumps:
-            return
-        reason = "the loss jumps" if total.is_finite else "gradients are not finite"
-        if self.boundaries.fall_back_at(from_iteration):
-            _print_last_rank(
-                f"iteration {iteration}: {reason}; flushing as 1f1b from iteration {from_iteration + 1}, for "
-                f"{self.args.paci_fallback} iterations"
-            )
-
-    def describe(self, a: int) -> list[str]:
-        """What this run will do, for the log."""
-        num_stages, extra = self.config.num_stages, self.config.extra_in_flight
-        where = " emulated in one process" if self.config.emulates else ""
-        clipping = f"clipping: {self._describe_clipping(a)}"
-        if self.config.schedule != "paci":
-            return [f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update", clipping]
-        drift = [max_drift(s, num_stages, a, extra) for s in range(num_stages)]
-        held = [max_in_flight(s, num_stages, extra) for s in range(num_stages)]
-        more = f", {held[0]} instead of {num_stages} at the first stage" if extra else ""
-        return [
-            f"schedule {self.config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
-            f"{drift[0]} updates (by stage: {_row(drift)})",
-            f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; one copy "
-            "of the weights",
-            clipping,
-        ]
-
-    def _describe_clipping(self, a: int) -> str:
-        limit = f"to {self.args.clip_grad:g}"
-        match self.config.clip_mode:
-            case "none":
-                return "none"
-            case "stage":
-                return f"{limit}, by each stage's own gradient norm"
-            case _:
-                lag = record_lag(self.config.num_stages, a, self.config.extra_in_flight)
-                return (
-                    f"{limit}, by the global norm of {lag} update{'s' if lag > 1 else ''} ago, what a stage knows of the "
-                    "current one, and at a drain the exact global norm"
-                )
-
-
-def _row(values: list[int]) -> str:
-    return " ".join(map(str, values))
-
-
-def _print_last_rank(line: str) -> None:
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        print(f" paci, {line}", flush=True)
-
-
-def distributed_stage(
-    config: PaciConfig, args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any, meter: StageMeter
-) -> Stage:
-    """This rank's stage of a pipeline over processes. Collective: every rank makes its own together."""
-    model_config = get_model_config(model)
-    if model_config.variable_seq_lengths:
-        raise ConfigError(
-            "variable sequence lengths do not work with --pipeline-schedule paci: transfers have one shape, fixed before "
-            "training. Pad the batches to --seq-length."
-        )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    (shape,) = get_tensor_shapes(
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        decoder_seq_length=args.decoder_seq_length,
-        config=model_config,
-        tp_group=groups.tp,
-        cp_group=groups.cp,
-    )
-    device = torch.device(next(model.parameters()).device)
-    tied = None
-    if not args.untie_embeddings_and_output_weights:
-        is_end = groups.pp.rank() in (0, groups.pp.size() - 1)
-        like = unwrap_model(model).shared_embedding_or_output_weight().main_grad if is_end else None
-        tied = wiring.tied_exchange(args, like, device)
-    links = Wiring(
-        link=wiring.p2p_links(args, model_config, tuple(shape), device),
-        agree=wiring.agreement(args),
-        exchange=tied,
-        rank_of=torch.distributed.get_process_group_ranks(groups.pp).__getitem__,
-    )
-    return Stage(groups.pp.rank(), config, model, optimizer, scheduler, groups, meter, links)
 
 
 def keep_gradient_statistics_within_stage(optimizer: Any) -> None:
@@ -249,33 +237,17 @@ def keep_gradient_statistics_within_stage(optimizer: Any) -> None:
             part.grad_stats_parallel_group = parallel_state.get_tensor_model_parallel_group()
 
 
-def keep_loss_scale_on_host(optimizer: Any) -> None:
-    """Let Megatron's loop read the loss scale, which it logs in every iteration, without waiting for the device.
-
-    It is a constant: paci refuses fp16, the only precision with another.
-    """
-    scale = optimizer.get_loss_scale()
-    on_host = scale.cpu()
-    optimizer.scale_loss = lambda loss: scale * loss  # as Megatron's, which would take the one below
-    optimizer.get_loss_scale = lambda: on_host
+_current: Run | None = None
 
 
-_current: TrainingContext | None = None
-
-
-def current() -> TrainingContext | None:
-    """The run in progress under paci, or None under any other schedule."""
+def current() -> Run | None:
+    """The run in progress: None before a model is set up, and where there is nothing to run or to measure."""
     return _current
 
 
-def runs_plans() -> bool:
-    """Whether plans are run here: under paci, or with emulated stages. Otherwise Megatron runs its own schedule."""
-    return _current is not None
-
-
-def set_current(context: TrainingContext | None) -> None:
-    """Set or forget the run in progress."""
+def set_current(run: Run | None) -> None:
+    """``run`` begins, or nothing; the one before it stops."""
     global _current
     if _current is not None:
-        _current.watchdog.stop()
-    _current = context
+        _current.stop()
+    _current = run

@@ -10,50 +10,33 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from . import emulation
-from . import run as contexts
+from . import run as runs
+from .run import Run
 
 _flush_schedule = schedules.forward_backward_pipelining_without_interleaving
 
 
 def train_step(
-    forward_step_func: Any,
-    data_iterator: Any,
-    model: Any,
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    config: Any,
-    forward_backward_func: Any,
-    iteration: int | None = None,
-    pg_collection: Any = None,
-    p2p_communicator: Any = None,
+    run: Run, forward_step_func: Any, data_iterator: Any, iteration: int | None
 ) -> tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, int | None, float]:
-    """One iteration: run this stage's plan up to and including its next update.
+    """One iteration: run this process's plans up to and including their next updates.
 
-    Takes and returns what ``megatron.training.training.train_step`` does: averaged losses (last stage only), skipped (0
+    Returns what ``megatron.training.training.train_step`` does: averaged losses (last stage only), skipped (0
     or 1), should_checkpoint, should_exit, exit_code, grad_norm, num_zeros_in_grad, max_attention_logit. The norm, that of
     all stages together, is None unless the pipeline is drained: it is known some iterations later, see monitor.py.
     """
-    context = _require_context()
-    if iteration is not None and iteration != context.iteration:
-        context.require_drained(f"iteration {iteration}")
-        context.iteration = iteration
+    if iteration is not None and iteration != run.iteration:
+        run.require_drained(f"iteration {iteration}")
+        run.iteration = iteration
     rerun_state_machine = get_rerun_state_machine()
     losses: list[dict[str, torch.Tensor]] = []
     # Disabled under paci, so it runs the body once; called for its count of iterations.
     while rerun_state_machine.should_run_forward_backward(data_iterator):
-        losses = forward_backward_func(
-            forward_step_func=forward_step_func,
-            data_iterator=data_iterator,
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=context.args.seq_length,
-            micro_batch_size=context.args.micro_batch_size,
-        )
+        losses = run.run_iteration(forward_step_func, data_iterator, get_num_microbatches())
     should_checkpoint, should_exit, exit_code = rerun_state_machine.should_checkpoint_and_exit()
-    skipped = int(not all(update.successful for update in context.last_updates))
-    averaged = average_losses(losses, context.stages[-1].groups.dp_cp)
-    grad_norm = context.last_updates[-1].grad_norm
-    return averaged, skipped, should_checkpoint, should_exit, exit_code, grad_norm, None, 0.0
+    skipped = int(not all(update.successful for update in run.updates))
+    averaged = average_losses(losses, run.stages[-1].groups.dp_cp)
+    return averaged, skipped, should_checkpoint, should_exit, exit_code, run.updates[-1].grad_norm, None, 0.0
 
 
 def forward_backward_pipelining_paci(
@@ -76,15 +59,17 @@ def forward_backward_pipelining_paci(
     """The schedule that ``get_forward_backward_func`` returns, with the signature of Megatron's pipelining functions.
 
     Unlike them it leaves micro-batches in flight when it returns, and has applied the update: call no
-    ``optimizer.step``. Returns the loss reports of the window's micro-batches, on the last stage. A ``forward_only``
+    ``optimizer.step``. Returns the losses of the window's micro-batches, on the last stage. A ``forward_only``
     pass is Megatron's own.
     """
-    context = _require_context()
+    run = runs.current()
+    if run is None or not run.runs_plans:
+        raise RuntimeError("no model was set up under paci: call megatron.training.pretrain, which calls this in turn")
     if forward_only:
-        context.require_drained("a forward-only pass")
-        if context.config.emulates:
+        run.require_drained("a forward-only pass")
+        if run.emulates:
             return emulation.forward_only(
-                context, forward_step_func, data_iterator, num_microbatches, collect_non_loss_data, first_val_step
+                run, forward_step_func, data_iterator, num_microbatches, collect_non_loss_data, first_val_step
             )
         return _flush_schedule(
             forward_step_func=forward_step_func,
@@ -106,18 +91,18 @@ def forward_backward_pipelining_paci(
             "paci supports none of adjust_tensor_shapes_fn, p2p_communicator and force_all_reduce; "
             "use --pipeline-schedule 1f1b with a script that passes them"
         )
-    return context.run_iteration(forward_step_func, data_iterator, num_microbatches)
+    return run.run_iteration(forward_step_func, data_iterator, num_microbatches)
 
 
-def average_losses(reports: list[dict[str, torch.Tensor]], group: Any) -> dict[str, torch.Tensor]:
-    """The window's loss under each name, from one report a micro-batch; empty on stages without a loss.
+def average_losses(losses: list[dict[str, torch.Tensor]], group: Any) -> dict[str, torch.Tensor]:
+    """The window's loss under each name, from one of each micro-batch; empty on stages without a loss.
 
-    A report is a mean, averaged over micro-batches, or a (sum, count) pair, summed over micro-batches and over
+    A micro-batch's is a mean, averaged over micro-batches, or a (sum, count) pair, summed over micro-batches and over
     ``group``, the ranks that share the last stage (as ``megatron.training.training.train_step``).
     """
     averaged = {}
-    for name in reports[0] if reports else ():
-        values = torch.stack([report[name].view(-1) for report in reports])  # (micro-batches, 1 or 2)
+    for name in losses[0] if losses else ():
+        values = torch.stack([loss[name].view(-1) for loss in losses])  # (micro-batches, 1 or 2)
         if values.shape[1] == 1:
             averaged[name] = values.mean()
         elif values.shape[1] == 2:
@@ -125,12 +110,5 @@ def average_losses(reports: list[dict[str, torch.Tensor]], group: Any) -> dict[s
             torch.distributed.all_reduce(total, group=group)
             averaged[name] = total[0] / total[1]
         else:
-            raise ValueError(f"loss report {name!r} has {values.shape[1]} values: expected a mean, or a sum and a count")
+            raise ValueError(f"the loss {name!r} has {values.shape[1]} values: expected a mean, or a sum and a count")
     return averaged
-
-
-def _require_context() -> contexts.TrainingContext:
-    context = contexts.current()
-    if context is None:
-        raise RuntimeError("no model was set up under paci: call megatron.training.pretrain, which calls this in turn")
-    return context

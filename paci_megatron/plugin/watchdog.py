@@ -8,10 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from .stage import Stage
+from .diagnosis import plan_text, waiting_s, where
+from .log import PREFIX
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _GRACE_S = 3.0  # between the first stage that gives up and the end of its process: the others get to speak too
 
@@ -23,19 +26,22 @@ class Watchdog:
     of all stages around it, and the process ends with status 1. SIGUSR1 prints the same and ends nothing.
     """
 
-    def __init__(self, stages: Sequence[Stage], timeout_s: float, rank: int, output: TextIO | None = None) -> None:
-        """To be called in the main thread."""
-        self._stages = stages
+    def __init__(self, run: Run, timeout_s: float, rank: int, output: TextIO | None = None) -> None:
+        """Starts nothing yet. ``output`` is standard error unless given."""
+        self._run = run
         self._timeout_s = timeout_s
         self._rank = rank
         self._output = output
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="paci-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch. To be called in the main thread."""
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         # A handler of Python's would run only when the wait is over; the number of the signal comes through at once.
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._handler_before = signal.signal(signal.SIGUSR1, lambda *_: None)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="paci-watchdog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -50,18 +56,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval_s = min(self._timeout_s / 4, 10.0)
+        wakeups = select.poll()  # unlike select it takes the descriptors of a process that has many
+        wakeups.register(self._read_end, select.POLLIN)
         while not self._stopped.is_set():
-            ready, _, _ = select.select([self._read_end], [], [], interval_s)
-            if ready and signal.SIGUSR1 in os.read(self._read_end, 64):
-                self._report("asked by SIGUSR1")
-            late = [stage for stage in self._stages if stage.waiting_s() > self._timeout_s]
+            if wakeups.poll(1000 * interval_s) and signal.SIGUSR1 in os.read(self._read_end, 64):
+                self._tell("asked by SIGUSR1")
+            late = any(waiting_s(running) > self._timeout_s for running in self._run.plans)
             if late and not self._stopped.is_set():
-                self._report(f"nothing has happened for {self._timeout_s:g} s (--paci-transfer-timeout)")
+                self._tell(f"nothing has happened for {self._timeout_s:g} s (--paci-transfer-timeout)")
                 time.sleep(_GRACE_S)
                 os._exit(1)
 
-    def _report(self, reason: str) -> None:
-        lines = [f"paci-megatron: rank {self._rank}, {stage.where()}: {reason}" for stage in self._stages]
-        if self._rank == 0:
-            lines.append(self._stages[0].plan_text())
+    def _tell(self, reason: str) -> None:
+        plans = self._run.plans  # the training loop replaces it as a whole
+        places = [where(running) for running in plans] or [
+            f"stage {stage.stage_index}: drained" for stage in self._run.stages
+        ]
+        lines = [f"{PREFIX} rank {self._rank}, {place}: {reason}" for place in places]
+        if self._rank == 0 and plans:
+            lines.append(plan_text(plans[0]))
         print("\n".join(lines), file=self._output or sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
+from megatron.core.pipeline_parallel import schedules
 
 from .state import InFlight
 
@@ -16,7 +16,7 @@ class StageCompute:
     """Runs one micro-batch through this stage's model part.
 
     ``forward_step_func`` and ``data_iterator`` are Megatron's, set before each run; ``losses`` collects what the last
-    stage's loss function reports, one entry a micro-batch, in order.
+    stage's loss function returns to be logged, one entry a micro-batch, in order.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StageCompute:
     def forward(self, microbatch: int, input_tensor: torch.Tensor | None) -> torch.Tensor:
         """The stage's output for ``microbatch``: an activation to send, or on the last stage the scaled loss."""
         position = microbatch % self._microbatches_per_update
-        output_tensor, num_tokens = forward_step(
+        output_tensor, num_tokens = schedules.forward_step(
             self.forward_step_func,
             self.data_iterator,
             self.model,
@@ -64,7 +64,7 @@ class StageCompute:
 
     def release_output(self, output_tensor: torch.Tensor) -> None:
         """Free the data of an output that has been handed to the link; its graph stays for the backward."""
-        deallocate_output_tensor(output_tensor, self.config.deallocate_pipeline_outputs)
+        schedules.deallocate_output_tensor(output_tensor, self.config.deallocate_pipeline_outputs)
 
     def backward(self, entry: InFlight, output_gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Accumulate ``entry``'s gradients; returns that of its input, None on the first stage.
@@ -75,15 +75,18 @@ class StageCompute:
         completes_window = (entry.microbatch + 1) % self._microbatches_per_update == 0
         overlaps = self.config.no_sync_func is not None
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
-            return backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
+            return schedules.backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
 
-    def window_losses(self) -> list[Any]:
-        """The reports of the oldest window; empty on stages without a loss."""
-        return self.losses[: self._microbatches_per_update]
+    def window_loss(self) -> torch.Tensor:
+        """The mean loss of the oldest window, a scalar; for the last stage."""
+        losses = self.losses[: self._microbatches_per_update]
+        values = torch.stack([next(iter(loss.values())).view(-1).float() for loss in losses])  # (micro-batches, 1 or 2)
+        total = values.sum(dim=0)
+        return total[0] / (total[1] if len(total) > 1 else len(values))
 
     def take_losses(self) -> list[Any]:
-        """The reports of the oldest window, removed; empty on stages without a loss."""
-        taken = self.window_losses()
+        """What the loss function returned for the oldest window, removed; empty on stages without a loss."""
+        taken = self.losses[: self._microbatches_per_update]
         del self.losses[: self._microbatches_per_update]
         return taken
 

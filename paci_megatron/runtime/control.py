@@ -113,10 +113,6 @@ class Control:
         self._totals: dict[int, Record] = {}
         self._last_total = 0
 
-    def receive_report(self) -> Record:
-        """The sums of the later stages for the window now ending."""
-        return self._link.receive_report()
-
     def report(self, update: int, own: Record, later: Record) -> None:
         """Add ``own`` to ``later`` and pass it on."""
         self._own[update] = own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 from paci_megatron.schedule import Action, Kind
 
 from .control import Record
+from .executor import Executor
 from .update import UpdateResult
 
 
@@ -131,20 +132,39 @@ def in_process_links(num_stages: int) -> list[InProcessLink]:
     return links
 
 
-class EmulatedStage(Protocol):
-    """What :func:`run_stages_to_update` needs of a stage."""
+class InProcessTransport:
+    """A :class:`~.links.Transport` of stages that are all in this process."""
 
-    def active(self) -> AbstractContextManager[None]:
+    def __init__(self, num_stages: int, ties_embeddings: bool, agree: Callable[[Record], Record]) -> None:
+        """``agree`` makes one record of those of several such processes, replicas of the pipeline."""
+        self._links = in_process_links(num_stages)
+        ends = (0, num_stages - 1) if ties_embeddings else ()
+        self._exchanges = dict(zip(ends, InProcessExchange.pair(), strict=False))
+        self.agree = agree
+
+    def link(self, stage_index: int, record_lag: int) -> InProcessLink:
+        """See :class:`~.links.Transport`."""
+        return self._links[stage_index]
+
+    def tied_exchange(self, stage_index: int, record_lag: int) -> InProcessExchange | None:
+        """See :class:`~.links.Transport`."""
+        return self._exchanges.get(stage_index)
+
+    def rank_of(self, stage_index: int) -> int:
+        """See :class:`~.links.Transport`."""
+        return 0
+
+
+class RunningStage(Protocol):
+    """What :func:`run_to_update` needs of a stage."""
+
+    executor: Executor
+
+    def at_work(self) -> AbstractContextManager[None]:
         """Everything the stage does happens inside: its random numbers, its place in the pipeline."""
 
-    def has_input(self) -> bool:
-        """See :meth:`~.executor.Executor.has_input`."""
 
-    def run_to_update(self) -> UpdateResult | None:
-        """See :meth:`~.executor.Executor.run_to_update`."""
-
-
-def run_stages_to_update(stages: Sequence[EmulatedStage]) -> list[UpdateResult]:
+def run_to_update(stages: Sequence[RunningStage]) -> list[UpdateResult]:
     """Give each stage turns, in order, until every one has done its next update; the results by stage.
 
     The plan fixes what each stage does in which order, so the order of turns changes no result. With one stage, whose link
@@ -153,7 +173,7 @@ def run_stages_to_update(stages: Sequence[EmulatedStage]) -> list[UpdateResult]:
     results: list[UpdateResult | None] = [None] * len(stages)
     while None in results:
         for index, stage in enumerate(stages):
-            if results[index] is None and stage.has_input():
-                with stage.active():
-                    results[index] = stage.run_to_update()
+            if results[index] is None and stage.executor.has_input():
+                with stage.at_work():
+                    results[index] = stage.executor.run_to_update()
     return [result for result in results if result is not None]

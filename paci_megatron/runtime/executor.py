@@ -153,10 +153,10 @@ class Executor:
         self._to_send = None
 
     def _report(self, update: int) -> None:
-        self._update.receive_report()
+        later = self._link.receive_report()
         self._listener.received()
         with self._meter.computing():
-            self._update.report(update)
+            self._update.report(update, later)
 
     def _apply_update(self, update: int) -> UpdateResult:
         with self._meter.computing():

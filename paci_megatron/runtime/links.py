@@ -13,6 +13,7 @@ from paci_megatron.schedule import Action
 
 from .control import Record, RecordLink
 from .device import HostCopy, host_buffer
+from .tied_embeddings import TensorExchange
 
 
 class StageLink(RecordLink, Protocol):
@@ -41,6 +42,25 @@ class StageLink(RecordLink, Protocol):
 
     def drain(self) -> None:
         """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
+
+
+class Transport(Protocol):
+    """How the stages of this process reach their neighbours, in this process or in others.
+
+    What :meth:`link` and :meth:`tied_exchange` return serves one plan, whose record lag is ``record_lag``.
+    """
+
+    def link(self, stage_index: int, record_lag: int) -> StageLink:
+        """The transfers and records of a stage of this process."""
+
+    def tied_exchange(self, stage_index: int, record_lag: int) -> TensorExchange | None:
+        """The exchange of the tied embedding's gradients; None at a stage that has no part in it."""
+
+    def agree(self, record: Record) -> Record:
+        """One record of those that the ranks of the first stage have for one update."""
+
+    def rank_of(self, stage_index: int) -> int:
+        """The rank of a stage's process in this pipeline."""
 
 
 class Outgoing(Protocol):

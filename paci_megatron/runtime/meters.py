@@ -15,8 +15,8 @@ from paci_megatron.schedule.schedules import max_drift, max_in_flight
 
 
 @dataclass(frozen=True)
-class StageReport:
-    """A stage's figures since the last report. Drift in updates, times in seconds, fractions in [0, 1].
+class StageFigures:
+    """A stage's figures since they were last taken. Drift in updates, times in seconds, fractions in [0, 1].
 
     ``copied_weight_bytes`` is the most that copies of older weights held; 0 under PACI, see ``--paci-weight-policy``.
     """
@@ -65,8 +65,10 @@ class StageMeter:
     def computing(self) -> Iterator[None]:
         """Time spent inside is work; what remains of the wall time is the stage's bubble."""
         self._busy.start()
-        yield
-        self._busy.stop()
+        try:
+            yield
+        finally:
+            self._busy.stop()
 
     def count_forward(self, in_flight: int) -> None:
         """Note a forward, after which ``in_flight`` micro-batches are in flight."""
@@ -111,13 +113,13 @@ class StageMeter:
 
     @property
     def max_drift(self) -> int:
-        """The largest drift since the last report, in updates."""
+        """The largest drift since the figures were last taken, in updates."""
         return self._max_drift
 
-    def take_report(self) -> StageReport:
-        """The figures since the last report; counting starts again from zero."""
+    def take_figures(self) -> StageFigures:
+        """The figures since the last call; counting starts again from zero."""
         wall_s = time.perf_counter() - self._since
-        report = StageReport(
+        figures = StageFigures(
             stage_index=self.stage_index,
             updates=self._updates,
             skipped_updates=self._skipped,
@@ -129,7 +131,7 @@ class StageMeter:
             copied_weight_bytes=self._copied_weight_bytes,
         )
         self.restart()
-        return report
+        return figures
 
     def restart(self) -> None:
         """Start counting from zero, now."""

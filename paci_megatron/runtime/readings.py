@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from paci_megatron.runtime.device import HostCopy
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -57,34 +53,3 @@ class Readings:
                 if is_rejected:
                     check.reject()
         self._flags = None
-
-
-def checked_with_update(original: Function) -> Function:
-    """Wrap ``RerunStateMachine.validate_result``, which looks at each loss and each bucket's gradients at once."""
-    from paci_megatron.plugin import run as contexts
-
-    @functools.wraps(original)
-    def validate_result(
-        self: Any,
-        result: Any,
-        rejection_func: Callable[[Any], Any],
-        message: str,
-        comparison_func: Any = None,
-        tolerance: float = 0.0,
-        fatal: bool = True,
-    ) -> None:
-        def validated(rejects: Callable[[Any], Any]) -> None:
-            original(self, result, rejects, message, comparison_func, tolerance, fatal)
-
-        context = contexts.current()
-        if context is None or context.is_drained():  # no update follows an evaluation
-            validated(rejection_func)
-            return
-        result = result.detach() if isinstance(result, torch.Tensor) else result  # a loss would hold its graph
-        rejected = rejection_func(result)
-        if isinstance(rejected, torch.Tensor) and rejected.numel() == 1:
-            context.stage_here().readings.check(rejected, lambda: validated(lambda result: True))
-        elif rejected:
-            validated(lambda result: True)
-
-    return validate_result

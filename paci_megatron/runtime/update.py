@@ -41,16 +41,17 @@ class StageUpdate:
         scheduler: Any,
         control: Control,
         finalize_gradients: Callable[[], None],
+        step: Callable[[], Any],
         samples_per_update: int,
         take_num_tokens: Callable[[], torch.Tensor | None] | None = None,
         readings: WindowReadings | None = None,
-        remarks: Callable[[int], Record] = lambda update: Record(),
+        own_figures: Callable[[int], Record] = lambda update: Record(),
         tied: TiedEmbedding | None = None,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
-        the stage (data, tensor, context parallel). ``remarks`` is what else the stage tells the others beside an update's
-        gradients. With a per-token loss ``take_num_tokens`` is the window's number of
-        tokens, (1,), None on all but the last stage.
+        the stage (data, tensor, context parallel); ``step`` steps the optimizer, whose gradients are ready.
+        ``own_figures`` is what the stage tells the others beside an update's gradients. With a per-token loss
+        ``take_num_tokens`` is the window's number of tokens, (1,), None on all but the last stage.
         """
         self._model = model
         self._optimizer = optimizer
@@ -59,20 +60,18 @@ class StageUpdate:
         self._finalize_gradients = finalize_gradients
         self._samples_per_update = samples_per_update
         self._take_num_tokens = take_num_tokens
-        self._remarks = remarks
+        self._own_figures = own_figures
+        self._step = step
         self._readings = readings
         self._tied = tied
         self._parameters = tuple(model.parameters())
-        self._later = Record()
         self._zero_gradients()
 
-    def receive_report(self) -> None:
-        """Wait for the later stages' report of the window now ending."""
-        self._later = self._control.receive_report()
+    def report(self, update: int, later: Record) -> None:
+        """Complete the window's gradients, and tell the other stages what they need to know of them.
 
-    def report(self, update: int) -> None:
-        """Complete the window's gradients, and tell the other stages what they need to know of them."""
-        later = self._later
+        ``later`` is the report of the later stages.
+        """
         self._finalize_gradients()
         own_tokens = self._divide_by_tokens(later) if self._take_num_tokens is not None else None
         if self._tied is not None:
@@ -86,7 +85,7 @@ class StageUpdate:
         if self._readings is not None:
             self._readings.end()
         num_tokens = float(own_tokens.wait()) if own_tokens is not None else 0.0
-        own = self._remarks(update)._replace(squared_norm=norm * norm, num_tokens=num_tokens)
+        own = self._own_figures(update)._replace(squared_norm=norm * norm, num_tokens=num_tokens)
         self._control.report(update, own, later)
 
     def pass_total(self, update: int) -> None:
@@ -109,7 +108,7 @@ class StageUpdate:
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            self._optimizer.step_with_ready_grads()
+            self._step()
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()

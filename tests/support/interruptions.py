@@ -74,7 +74,7 @@ def kill_points() -> dict[str, tuple[Any, str, Callable[..., bool], Callable[...
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import checkpointing
 
-    from paci_megatron.plugin import run as contexts
+    from paci_megatron.plugin import run as runs
 
     def never(*args: Any, **named: Any) -> bool:
         return False
@@ -98,8 +98,8 @@ def kill_points() -> dict[str, tuple[Any, str, Callable[..., bool], Callable[...
         return iteration == 6
 
     def microbatches_are_in_flight(*args: Any, iteration: int, **named: Any) -> bool:
-        context = contexts.current()
-        return iteration + 1 == 8 and context is not None and not context.is_drained()
+        run = runs.current()
+        return iteration + 1 == 8 and run is not None and not run.is_drained()
 
     return {
         "half a shard": (FileSystemWriterAsync, "write_preloaded_data", never, half_a_shard_is_written),

@@ -58,7 +58,7 @@ def train(
     ``loop`` takes the place of Megatron's ``train``. ``within`` makes a context to train in, with Megatron imported.
     """
     import pretrain_gpt_paci as script
-    from paci_megatron.plugin import run as contexts
+    from paci_megatron.plugin import run as runs
 
     result = TrainingResult()
     with contextlib.ExitStack() as stack:
@@ -85,9 +85,9 @@ def train(
             _pretrain(script)
         except SystemExit as exit:  # Megatron's way to stop early
             result.exit_code = int(exit.code or 0)
-        context = contexts.current()
-        assert context is None or context.is_drained()
-        result.last_iteration = context.iteration if context is not None else 0
+        run = runs.current()
+        assert run is None or run.is_drained()
+        result.last_iteration = run.iteration if run is not None else 0
         # An emulated run holds all stages: its results are theirs, in order.
         for model in models:
             weights = {name: parameter.detach().float().numpy().copy() for name, parameter in model.named_parameters()}
@@ -317,7 +317,7 @@ def _counted_collectives(result: TrainingResult, training: Any) -> Iterator[None
     """
     from megatron.core import parallel_state
 
-    from paci_megatron.plugin import run as contexts
+    from paci_megatron.plugin import run as runs
 
     counts: Counter[str] = Counter()
     process_group = dist.ProcessGroup
@@ -336,14 +336,14 @@ def _counted_collectives(result: TrainingResult, training: Any) -> Iterator[None
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal inside_flush_step
-        inside_flush_step = contexts.current() is None
+        inside_flush_step = (run := runs.current()) is None or not run.runs_plans
         returned = original_train_step(*args, **kwargs)
         inside_flush_step = False
         return returned
 
     def forbidden_now() -> bool:
-        context = contexts.current()
-        return inside_flush_step if context is None else not context.is_drained()
+        run = runs.current()
+        return inside_flush_step if run is None or not run.runs_plans else not run.is_drained()
 
     def counting(name: str) -> Any:
         def collective(group: Any, *args: Any, **kwargs: Any) -> Any:

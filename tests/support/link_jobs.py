@@ -50,19 +50,42 @@ def exchange_by_plan(link: str, device: str = "cpu") -> LinkResult:
 
 
 def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
-    from paci_megatron.plugin import groups as wiring
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    args = argparse.Namespace(paci_link=link, paci_extra_in_flight=EXTRA, distributed_timeout_minutes=2)
-    config = SimpleNamespace(pipeline_dtype=torch.bfloat16, virtual_pipeline_model_parallel_size=None)
-    make = wiring.p2p_links(args, config, SHAPE, device)
-    like = torch.empty(TIED_SHAPE, device=device) if dist.get_rank() in (0, dist.get_world_size() - 1) else None
-    exchange = wiring.tied_exchange(args, like, device)
+    from paci_megatron.plugin.groups import ProcessTransport
+
+    args = argparse.Namespace(
+        paci_link=link,
+        paci_extra_in_flight=EXTRA,
+        distributed_timeout_minutes=2,
+        seq_length=SHAPE[0],
+        micro_batch_size=SHAPE[1],
+        decoder_seq_length=None,
+        exit_signal_handler=False,
+        exit_duration_in_mins=None,
+        paci_fallback=0,
+    )
+    stage_index, weight = dist.get_rank(), torch.nn.Parameter(torch.empty(TIED_SHAPE, device=device))
+    weight.main_grad = weight.detach()  # type: ignore[attr-defined]  # as Megatron does
+    stage = SimpleNamespace(
+        model=torch.nn.Linear(1, 1, device=device),
+        model_config=SimpleNamespace(
+            pipeline_dtype=torch.bfloat16,
+            virtual_pipeline_model_parallel_size=None,
+            variable_seq_lengths=False,
+            hidden_size=SHAPE[2],
+            sequence_parallel=False,
+        ),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tied_weight=lambda: weight if stage_index in (0, dist.get_world_size() - 1) else None,
+    )
+    transport = ProcessTransport(args, stage)  # type: ignore[arg-type]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
-        stage_link = make(2)
+        stage_link = transport.link(stage_index, 2)
         _run_plan(result, stage_link, device)
         stage_link.drain()
-    if exchange is not None:
-        pair = exchange(1)
+    pair = transport.tied_exchange(stage_index, 1)
+    if pair is not None:
         for value in range(3):
             pair.send(torch.full(TIED_SHAPE, float(value), device=device))
         for value in range(3):

@@ -78,16 +78,16 @@ def counted(path: str, first: int, last: int) -> Iterator[None]:
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.training.training as training
 
-    from paci_megatron.platform import without_te as capabilities
-    from paci_megatron.plugin import run as contexts
+    from paci_megatron.plugin import loop_patches
+    from paci_megatron.plugin import run as runs
 
     reads, original, original_wait = _Reads(), training.train_step, HostCopy.wait
-    norm, clip_grads.l2_norm_impl = clip_grads.l2_norm_impl, capabilities.norm_on_device(clip_grads.l2_norm_impl)
+    norm, clip_grads.l2_norm_impl = clip_grads.l2_norm_impl, loop_patches.wrap_l2_norm_impl(clip_grads.l2_norm_impl)
 
     def train_step(*args: Any, iteration: int, **named: Any) -> Any:
         reads.counts = first <= iteration < last
-        if (context := contexts.current()) is not None:
-            reads.on_host = [stage.optimizer.get_loss_scale() for stage in context.stages]
+        if (run := runs.current()) is not None:
+            reads.on_host = [stage.optimizer.get_loss_scale() for stage in run.stages]
         return original(*args, iteration=iteration, **named)
 
     def wait(self: HostCopy) -> torch.Tensor:

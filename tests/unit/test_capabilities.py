@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,15 +65,16 @@ def test_transformer_engine_gives_layers_attention_and_optimizer(monkeypatch: py
 def test_the_norm_left_on_the_device_is_megatrons_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    from paci_megatron.plugin import run as context
+    from paci_megatron.plugin import loop_patches
+    from paci_megatron.plugin import run as runs
 
     gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (5, 70, 900)]
-    l2_norm = capabilities.norm_on_device(local_multi_tensor_l2_norm)
-    monkeypatch.setattr(context, "runs_plans", lambda: True)
+    l2_norm = loop_patches.wrap_l2_norm_impl(local_multi_tensor_l2_norm)
+    monkeypatch.setattr(runs, "current", lambda: SimpleNamespace(runs_plans=True))
     norm, _ = l2_norm(1, None, [gradients], False)
     assert norm.shape == (1,)
     exact = torch.cat(gradients).double().norm()
     torch.testing.assert_close(norm[0].double(), exact, rtol=1e-6, atol=0)
     # Another's kernel, or another schedule, is left alone.
-    other = capabilities.norm_on_device(lambda *args: (args, None))
+    other = loop_patches.wrap_l2_norm_impl(lambda *args: (args, None))
     assert other(1, None, [gradients], False)[0] == (1, None, [gradients], False)

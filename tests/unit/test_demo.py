@@ -214,7 +214,10 @@ def test_paths_in_commands_are_relative_to_the_root_where_possible(tmp_path: Pat
             " validation loss at iteration 8 | lm loss PPL: 9.1E+02 | \n",
             "validation loss at iteration 8 | lm loss PPL: 9.1E+02 |",
         ),
-        (" paci, drained after iteration 8 | 8 updates |\n", "paci, drained after iteration 8 | 8 updates |"),
+        (
+            "paci-megatron: drained after iteration 8 | 8 updates |\n",
+            "paci-megatron: drained after iteration 8 | 8 updates |",
+        ),
         ("paci-megatron: clipping: none\n", "paci-megatron: clipping: none"),
         ("INFO:megatron.core:something\n", None),
         ("---------------\n", None),

@@ -46,7 +46,7 @@ def test_an_interval_measures_itself_only(clock: Clock) -> None:
     assert meter.bubbles[0] == pytest.approx(0.25), "the last one that has ended"
     meter.end_interval()
     assert meter.bubbles[0] == pytest.approx(0.5)
-    assert meter.take_report().bubble_fraction == pytest.approx(1 - 4 / 6), "intervals take nothing from the report"
+    assert meter.take_figures().bubble_fraction == pytest.approx(1 - 4 / 6), "intervals take nothing from the report"
     assert meter.bubbles == (1.0, 0.0)
 
 
@@ -64,7 +64,7 @@ def test_a_total_has_the_busiest_and_the_idlest_of_the_stages_that_know() -> Non
 def test_the_line_beside_megatrons_says_what_is_known() -> None:
     known = Record(squared_norm=4.0, least_bubble=0.01, most_bubble=0.2, max_drift=1.0)
     assert interval_line(10, 9, known, skipped=3) == (
-        " paci, iteration       10 | grad norm: 2.000 (of iteration 9) | bubble: 1.0% busiest stage, 20.0% idlest | "
+        "paci-megatron: iteration       10 | grad norm: 2.000 (of iteration 9) | bubble: 1.0% busiest stage, 20.0% idlest | "
         "max drift: 1 | skipped updates: 3 |"
     )
     assert "bubble" not in interval_line(10, 9, Record(squared_norm=4.0), skipped=0)

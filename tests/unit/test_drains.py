@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paci_megatron.plugin.drains import Boundaries
+from paci_megatron.plugin.drains import Drains
 
 
 def drains(drain_interval: int | None = None, counts: Any = lambda n: 4, **changes: Any) -> list[int]:
@@ -31,8 +31,8 @@ def drains(drain_interval: int | None = None, counts: Any = lambda n: 4, **chang
         "paci_start_iteration": 0,
         "paci_fallback": 0,
     }
-    boundaries = Boundaries(argparse.Namespace(**{**quiet, **changes}), drain_interval, counts)
-    return [n for n in range(1, 31) if boundaries.is_drain(n)]
+    drains_of_run = Drains(argparse.Namespace(**{**quiet, **changes}), drain_interval, counts)
+    return [n for n in range(1, 31) if drains_of_run.is_drain(n)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""What a run will do, in the lines that it logs at its start."""
+
+from __future__ import annotations
+
+from paci_megatron.config import PaciConfig
+from paci_megatron.schedule.plan import Plan
+
+
+def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int) -> list[str]:
+    """Schedule, drift, memory and clipping; a line each."""
+    num_stages, a = config.num_stages, microbatches_per_update
+    plan = Plan(config.schedule, num_stages, a, config.extra_in_flight)
+    where = " emulated in one process" if config.emulates else ""
+    clipping = f"clipping: {_clipping(config, clip_grad, plan.record_lag)}"
+    if config.schedule != "paci":
+        return [f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update", clipping]
+    drift = [plan.max_drift(stage) for stage in range(num_stages)]
+    held = [plan.max_in_flight(stage) for stage in range(num_stages)]
+    more = f", {held[0]} instead of {num_stages} at the first stage" if config.extra_in_flight else ""
+    return [
+        f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
+        f"{drift[0]} updates (by stage: {_row(drift)})",
+        f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; "
+        f"{_weights(config.weight_policy, drift[0])}",
+        clipping,
+    ]
+
+
+def _weights(policy: str, max_drift: int) -> str:
+    match policy:
+        case "stash":
+            return f"the weights and up to {max_drift} older versions of them (--paci-weight-policy stash)"
+        case "double-buffer":
+            return "the weights and one older version of them (--paci-weight-policy double-buffer)"
+        case _:
+            return "one copy of the weights"
+
+
+def _clipping(config: PaciConfig, clip_grad: float, lag: int) -> str:
+    match config.clip_mode:
+        case "none":
+            return "none"
+        case "stage":
+            return f"to {clip_grad:g}, by each stage's own gradient norm"
+        case _:
+            return (
+                f"to {clip_grad:g}, by the global norm of {lag} update{'s' if lag > 1 else ''} ago, what a stage knows of "
+                "the current one, and at a drain the exact global norm"
+            )
+
+
+def _row(values: list[int]) -> str:
+    return " ".join(map(str, values))

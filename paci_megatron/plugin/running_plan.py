@@ -1,0 +1,137 @@
+"""The plan as a stage performs it, from an empty pipeline to the next drain."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from paci_megatron.config import PaciConfig
+from paci_megatron.runtime.compute import StageCompute
+from paci_megatron.runtime.control import Clipping, Control, Record
+from paci_megatron.runtime.executor import Executor
+from paci_megatron.runtime.links import Transport
+from paci_megatron.runtime.meters import BoundError
+from paci_megatron.runtime.tied_embeddings import TiedEmbedding
+from paci_megatron.runtime.update import StageUpdate
+from paci_megatron.runtime.weights import WeightVersions
+from paci_megatron.schedule.plan import Plan
+
+from .diagnosis import plan_text, where
+from .drains import exit_wanted
+from .stage import Stage
+
+
+class RunningPlan:
+    """One stage's part in a plan: the executor, and what it works with. Updates count from 1 after iteration ``begin``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        begin: int,
+        stage: Stage,
+        config: PaciConfig,
+        args: argparse.Namespace,
+        transport: Transport,
+        step: Callable[[], Any],
+        on_total: Callable[[int, Record], None],
+    ) -> None:
+        """``step`` steps the stage's optimizer, gradients ready; ``on_total`` is told the sums over all stages, by
+        update.
+        """
+        self.plan = plan
+        self.begin = begin
+        self.stage = stage
+        self.transport = transport
+        self._log_interval: int = args.log_interval
+        self._watches_loss = bool(args.paci_fallback) and stage.is_last
+        a, lag = plan.microbatches_per_update, plan.record_lag
+        self.compute = StageCompute(
+            stage.model,
+            stage.model_config,
+            microbatches_per_update=a,
+            in_flight_cap=plan.max_in_flight(stage.stage_index),
+            is_last_stage=stage.is_last,
+            context_parallel_size=stage.groups.cp.size(),
+        )
+        link = transport.link(stage.stage_index, lag)
+        clipping = Clipping(config.clip_mode, args.clip_grad)
+        self._control = Control(link, clipping, lag, stage.last_total, transport.agree, on_total)
+        tied: TiedEmbedding | None = None
+        weight, exchange = stage.tied_weight(), transport.tied_exchange(stage.stage_index, lag)
+        if weight is not None and exchange is not None:
+            tied = TiedEmbedding(weight, exchange, stage.is_first, lag)
+        update = StageUpdate(
+            stage.model,
+            stage.optimizer,
+            stage.scheduler,
+            self._control,
+            self._finalize_gradients,
+            step=step,
+            samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
+            take_num_tokens=self._take_num_tokens if stage.model_config.calculate_per_token_loss else None,
+            own_figures=self._own_figures,
+            readings=stage.readings,
+            tied=tied,
+        )
+        weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
+        stage.meter.begin_plan(a, plan.extra_in_flight)
+        if stage.trace is not None:
+            stage.trace.begin_plan(a, begin)
+        actions = plan.actions(stage.stage_index)
+        self.executor = Executor(actions, self.compute, link, update, weights, stage.meter, stage.trace)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The executor runs inside: as its stage, watched if wanted, with errors that say where in the plan they are."""
+        stage = self.stage
+        try:
+            with stage.active(), stage.saved.watched() if stage.saved is not None else contextlib.nullcontext():
+                yield
+        except BoundError as error:
+            raise BoundError(f"{error}. The plan around it:\n{plan_text(self)}") from error
+        except Exception as error:
+            error.add_note(f"paci-megatron: {where(self)}")
+            raise
+        if stage.saved is not None:
+            stage.meter.saved_activation_bytes = stage.saved.peak_bytes
+            if self.executor.state.forwards >= 2 * self.plan.max_in_flight(stage.stage_index):
+                stage.saved = None  # the peak has been, and counting costs time
+
+    def finish(self) -> None:
+        """End at a drain; ``RuntimeError`` if anything is still in flight or under way."""
+        self.executor.finish()
+        if self.stage.trace is not None:
+            self.stage.trace.end_plan()
+        self.stage.last_total = self._control.last_total
+
+    def _finalize_gradients(self) -> None:
+        self.stage.finalize_gradients()
+        if self._watches_loss:
+            self.stage.readings.copy("loss", self.compute.window_loss())
+
+    def _own_figures(self, update: int) -> Record:
+        """What else this stage tells the others as its window ends, and its figures for the log."""
+        meter = self.stage.meter
+        if (self.begin + update) % self._log_interval == 0:
+            meter.end_interval()
+        least, most = meter.bubbles
+        loss = float(self.stage.readings.read("loss")) if self._watches_loss else 0.0
+        return Record(
+            exits=float(exit_wanted()),
+            loss=loss,
+            least_bubble=least,
+            most_bubble=most,
+            max_drift=float(meter.max_drift),
+        )
+
+    def _take_num_tokens(self) -> torch.Tensor | None:
+        """The window's tokens over all replicas of the last stage, which alone knows them, (1,)."""
+        if not self.stage.is_last:
+            return None
+        num_tokens = self.compute.take_num_tokens()
+        torch.distributed.all_reduce(num_tokens, group=self.stage.groups.dp_cp)
+        return num_tokens
