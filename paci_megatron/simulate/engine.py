@@ -169,7 +169,7 @@ def simulate(
         raise ValueError(f"{len(plans)} plans and costs of {len(costs.stages)} stages: give one StageCosts a plan")
     simulation = Simulation([StageRun() for _ in plans], chunks)
     runners = [
-        _run(plan, routes, run, costs, Random(f"{costs.seed}/{stage}"), last_update, record)
+        _run(plan, routes, run, costs, stage, last_update, record)
         for stage, (plan, routes, run) in enumerate(
             zip(plans, _routes(costs.stages, chunks), simulation.stages, strict=True)
         )
@@ -215,20 +215,14 @@ def _routes(stages: Sequence[StageCosts], chunks: int) -> list[_Routes]:
 
 
 def _run(
-    actions: Iterable[Action],
-    routes: _Routes,
-    run: StageRun,
-    costs: Costs,
-    random: Random,
-    last_update: int | None,
-    record: bool,
+    actions: Iterable[Action], routes: _Routes, run: StageRun, costs: Costs, stage: int, last: int | None, record: bool
 ) -> Iterator[bool]:
     """One stage. Yields wherever it has to wait, and says whether it did anything since it last yielded.
 
     The innermost loop of everything: kept in one function, with local variables, for speed.
     """
     now: float = 0
-    moved = False
+    moved, random = False, Random(f"{costs.seed}/{stage}")
     forwards = inputs = backwards = version = drift_sum = 0
     # A backward is matched with its forward by counting: they come in the same order, except between flushes, where
     # there is no drift. forwards_before holds the forwards done at each update that no backward has reached yet.
@@ -245,8 +239,7 @@ def _run(
             while (arrival_s := inbox.pop(index, None)) is None:
                 yield moved
                 moved = False
-            if arrival_s > now:
-                now = arrival_s
+            now = max(now, arrival_s)
         moved = True
         if jitter:
             duration_s *= 1 + jitter * (2 * random.random() - 1)
@@ -255,19 +248,16 @@ def _run(
         run.busy_s += duration_s
         run.end_s = now = now + duration_s
         if outbox is not None:
-            sent_s = now
-            if link_s:
-                sent_s = link_free_s[kind] = max(now, link_free_s[kind]) + link_s
+            sent_s = link_free_s[kind] = max(now, link_free_s[kind]) + link_s
             outbox[index] = sent_s + latency_s
         if kind is Kind.FORWARD:
             forwards += 1
-            if forwards - backwards > run.peak_in_flight:
-                run.peak_in_flight = forwards - backwards
+            run.peak_in_flight = max(run.peak_in_flight, forwards - backwards)
         elif kind is Kind.UPDATE:
             version += 1
             forwards_before.append(forwards)
             run.marks.append(_Mark(now, backwards, drift_sum))
-            if index == last_update:
+            if index == last:
                 return
         else:
             if kind is not Kind.WEIGHT_GRADIENT:
@@ -277,7 +267,6 @@ def _run(
                 inputs += 1
                 drift = version - forward_version
                 drift_sum += drift
-                if drift > run.max_drift:
-                    run.max_drift = drift
+                run.max_drift = max(run.max_drift, drift)
             if kind is not Kind.INPUT_GRADIENT:
                 backwards += 1
