@@ -92,6 +92,12 @@ def test_measured_drift_and_in_flight_are_the_schedules(
         assert steady == Fraction(num_stages - 1 - stage, a), f"stage {stage}"
 
 
+def test_a_plan_is_checked_before_its_first_action(one_process: OneProcess, corpus: str) -> None:
+    with pytest.raises(JobError, match="PlanError: stage 1, action F1: 2 micro-batches in flight, at most 1") as caught:
+        one_process(emulated([*arguments(corpus, 2, 2), *PACI]), within=interruptions.one_more_in_flight)
+    assert "training.train(" not in str(caught.value), "training had begun"
+
+
 def test_going_beyond_a_bound_stops_the_run_and_shows_the_plan(one_process: OneProcess, corpus: str) -> None:
     with pytest.raises(JobError) as caught:
         one_process(emulated([*arguments(corpus, 2, 2), *PACI]), within=interruptions.no_drift_allowed)

@@ -187,6 +187,23 @@ class Terminated:
 
 
 @contextlib.contextmanager
+def one_more_in_flight() -> Iterator[None]:
+    """Plans in which the last stage keeps one micro-batch more than it may."""
+    import paci_megatron.schedule.plan as module
+
+    original = module.paci
+
+    def greedy(stage_index: int, num_stages: int, *others: Any) -> Any:
+        return original(min(stage_index, num_stages - 2), num_stages, *others)
+
+    module.paci = greedy  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.paci = original
+
+
+@contextlib.contextmanager
 def no_drift_allowed() -> Iterator[None]:
     """Let the meters take any drift for a violation."""
     from paci_megatron.runtime.meters import StageMeter

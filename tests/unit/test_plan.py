@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -19,6 +19,7 @@ from paci_megatron.schedule import (
     validate,
     with_transfers,
 )
+from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.schedules import IsDrain, max_drift, max_in_flight, max_lead, never
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
@@ -142,3 +143,20 @@ def test_validator_finds_a_deadlock() -> None:
 def test_validator_finds_what_is_left_at_a_drain() -> None:
     with pytest.raises(PlanError, match=r"stage 0, action U1: not drained, micro-batches reached: \[2, 3\]"):
         validate(plans(2, 2, 2), 2, drains=(1,))
+
+
+@pytest.mark.parametrize("schedule", ["paci", "1f1b"])
+@pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 1, 0), (4, 3, 3), (8, 2, 7), (8, 16, 0)])
+def test_a_plan_that_a_run_makes_passes_its_own_check(schedule: str, num_stages: int, a: int, extra: int) -> None:
+    extra = extra if schedule == "paci" else 0
+    Plan(schedule, num_stages, a, extra).check()
+    Plan(schedule, num_stages, a, extra, lambda update: update in (1, 2, 5)).check()
+
+
+def test_a_plan_that_breaks_a_rule_is_refused_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(stage_index: int, num_stages: int, a: int, is_drain: IsDrain, extra: int) -> Iterator[Action]:
+        return paci(max(stage_index - 1, 0), num_stages, a, is_drain, extra)  # each stage takes what the one before may
+
+    monkeypatch.setattr("paci_megatron.schedule.plan.paci", greedy)
+    with pytest.raises(PlanError, match="stage 1, action F3: 4 micro-batches in flight, at most 3"):
+        Plan("paci", 4, 8).check()

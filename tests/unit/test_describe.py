@@ -1,0 +1,32 @@
+"""The lines at a run's start say what it will do."""
+
+from __future__ import annotations
+
+import pytest
+
+from paci_megatron.config import PaciConfig
+from paci_megatron.plugin.describe import describe
+
+
+@pytest.mark.parametrize(
+    ("policy", "weights"),
+    [
+        ("latest", "one copy of the weights"),
+        ("stash", "the weights and up to 2 older versions of them (--paci-weight-policy stash)"),
+        ("double-buffer", "the weights and one older version of them (--paci-weight-policy double-buffer)"),
+    ],
+)
+def test_memory_names_the_copies_of_weights_that_there_are(policy: str, weights: str) -> None:
+    _, memory, _ = describe(PaciConfig(4, weight_policy=policy), 0.0, microbatches_per_update=2)
+    assert memory == f"memory: activations of up to 4 micro-batches in flight (by stage: 4 3 2 1); {weights}"
+
+
+def test_schedule_and_clipping() -> None:
+    schedule, memory, clipping = describe(PaciConfig(4, clip_mode="global", extra_in_flight=3), 1.0, 2)
+    assert schedule == "schedule paci: 4 stages, 2 micro-batches per update, drift of at most 3 updates (by stage: 3 2 1 0)"
+    assert "7 instead of 4 at the first stage" in memory
+    assert clipping.startswith("clipping: to 1, by the global norm of 4 updates ago")
+    assert describe(PaciConfig(2, schedule="1f1b", emulates=True), 0.0, 4) == [
+        "schedule 1f1b: 2 stages emulated in one process, 4 micro-batches per update",
+        "clipping: none",
+    ]
