@@ -11,7 +11,7 @@ from typing import Any
 
 from paci_megatron.platform import cpu, shared_gpu, torch_adam
 
-from . import children, loop_patches, setup_patches
+from . import children, loop_patches, resume, setup_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,21 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         setup_patches.wrap_check_checkpoint_args,
         "checkpoint_args skip_args",
         "says when a run resumes under another schedule or number of micro-batches than the checkpoint's",
+    ),
+    PatchPoint(
+        _TRAINING,
+        "load_checkpoint",
+        resume.wrap_load_checkpoint,
+        "ddp_model optimizer opt_param_scheduler load_arg strict checkpointing_context skip_load_to_model_and_opt tp_group "
+        "pp_group dp_cp_group dp_group expt_dp_group rng_state_key_prefix",
+        "ends with status 0 where it finds nothing that it can load",
+    ),
+    PatchPoint(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler._check_and_set",
+        resume.wrap_check_and_set,
+        "self cls_value sd_value name",
+        "refuses another batch size on resume without the remedy",
     ),
     PatchPoint(
         _TRAINING,

@@ -21,13 +21,15 @@ from paci_megatron.runtime.meters import StageMeter
 
 from . import emulation
 from . import run as runs
+from .checkpoints import check_load
 from .describe import describe
 from .groups import ProcessTransport
 from .inputs import exit_on_config_error
 from .layers import check_layers
 from .log import print_first_rank
 from .places import check_places
-from .resume import resume_line
+from .restarts import restart_warning, restarted_store
+from .resume import check_vocabulary, resume_line
 from .run import Run
 from .stage import Stage
 from .train_step import forward_backward_pipelining_paci
@@ -58,6 +60,7 @@ def wrap_validate_args(original: Function) -> Function:
             check_options(args)
             check_layers(args)
             check_places(args)
+            check_load(args)
             lines = shared_gpu.adapt_arguments(args)
         for line in (*adapt_to_installed(args), *lines):
             print_first_rank(line)
@@ -100,6 +103,10 @@ def wrap_initialize_megatron(original: Function) -> Function:
         args = get_args()
         if cpu.is_active():
             named["allow_no_cuda"] = True
+        if named.get("store") is None:
+            named["store"] = restarted_store()
+        if (line := restart_warning()) is not None:
+            print_first_rank(line)
         if args.paci_emulate_stages is None:
             return original(*positional, **named)
         args.pipeline_model_parallel_size = 1
@@ -216,9 +223,11 @@ def wrap_check_checkpoint_args(original: Function) -> Function:
 
     @functools.wraps(original)
     def check_checkpoint_args(checkpoint_args: Any, *positional: Any, **named: Any) -> None:
-        from megatron.training import get_args
+        from megatron.training import get_args, global_vars
 
         original(checkpoint_args, *positional, **named)
+        with exit_on_config_error():
+            check_vocabulary(checkpoint_args, get_args(), getattr(global_vars._GLOBAL_TOKENIZER, "vocab_size", None))
         run = runs.current()
         if run is not None:
             run.restored = getattr(checkpoint_args, "paci_state", None)

@@ -90,3 +90,47 @@ def test_sigterm_for_torchrun_after_a_save_loses_nothing(tmp_path: Path, more: t
         output = finish(job)
         assert job.returncode == 0, output[-3000:]
     assert losses(tmp_path / "stopped.jsonl") == losses(tmp_path / "whole.jsonl")
+
+
+def test_a_rank_that_dies_once_is_brought_back_by_torchrun(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        folder = str(tmp_path / name)
+        keeping = ["--save", folder, "--load", folder, "--paci-metrics-file", f"{folder}.jsonl"]
+        return [*COMMAND, "--pipeline-schedule", "paci", *keeping]
+
+    job = start(*command("killed"), launcher=("--max-restarts", "1"))
+    wait_for(job, 35)
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output = finish(job)
+    assert job.returncode == 0, output[-3000:]
+    assert "at iteration 30" in output, "where it went on"
+
+    job = start(*command("whole"))
+    output = finish(job)
+    assert job.returncode == 0, output[-3000:]
+    assert losses(tmp_path / "killed.jsonl") == losses(tmp_path / "whole.jsonl")
+
+
+def test_a_resume_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    def train(*more: str) -> tuple[int, list[str], str]:
+        """The status, the lines of error, and all output."""
+        keeping = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "4", "--train-iters", "8"]
+        job = start("pretrain_gpt_paci.py", *MODEL, "--mock-data", "--pipeline-model-parallel-size", "2", *keeping, *more)
+        output = finish(job)
+        errors = [line for line in output.splitlines() if line.startswith("paci-megatron: error: ")]
+        assert job.returncode == 0 or "Traceback (most" not in output.split("torch/distributed/elastic")[0], output[-6000:]
+        return job.returncode, errors, output
+
+    assert train("--exit-interval", "4")[0] == 0
+    status, (line,), _ = train("--vocab-size", "1000")
+    assert status != 0 and "a vocabulary of 128 tokens with padding, the command line one of 1024" in line
+    status, (line,), _ = train("--global-batch-size", "8", "--pipeline-schedule", "paci")
+    assert status != 0 and "--override-opt_param-scheduler" in line and "--use-checkpoint-opt_param-scheduler" in line
+    status, _, output = train()
+    assert status == 0, output[-3000:]
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("")
+    status, (line,), output = train()
+    assert status != 0 and line.endswith(f"The last complete one is of iteration 8: to go on from it, echo 8 > {tracker}")
+    assert "initializ" not in output, "nothing was built"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
-from paci_megatron.plugin.resume import resume_line
+import pytest
+
+from paci_megatron.config import ConfigError
+from paci_megatron.plugin.resume import check_vocabulary, resume_line, wrap_check_and_set, wrap_load_checkpoint
 
 
 def arguments(**changed: Any) -> argparse.Namespace:
@@ -61,3 +65,60 @@ def test_a_checkpoint_that_does_not_tell_its_batch_size() -> None:
         "resuming a checkpoint written under paci, an unknown number of micro-batches per update, with paci, "
         "4 micro-batches per update"
     )
+
+
+def vocabulary(padded: int | None, vocab_size: int | None = None, tp: int = 1) -> argparse.Namespace:
+    """What a run's arguments say of it."""
+    sizes = {"vocab_size": vocab_size, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": tp}
+    return argparse.Namespace(load="runs/gpt", padded_vocab_size=padded, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "tokenizer"),
+    [
+        (vocabulary(128, 64), vocabulary(1024, 1000), 1000),
+        (vocabulary(50304), vocabulary(32000), 32000),
+        (vocabulary(50304), vocabulary(51200, tp=8), 50305),
+        (vocabulary(50304), vocabulary(50176), 50176),
+        (vocabulary(50304), vocabulary(32000), None),
+    ],
+)
+def test_another_vocabulary_is_refused(saved: argparse.Namespace, now: argparse.Namespace, tokenizer: int | None) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"--load runs/gpt.* of {saved.padded_vocab_size} tokens with padding.* one of {now.padded_vocab_size}.*Give",
+    ):
+        check_vocabulary(saved, now, tokenizer)
+
+
+def test_the_same_vocabulary_with_other_padding_is_accepted() -> None:
+    check_vocabulary(vocabulary(50304), vocabulary(51200, tp=8), 50257)
+    check_vocabulary(vocabulary(51200, tp=8), vocabulary(50304), 50257)
+    check_vocabulary(vocabulary(128, 64), vocabulary(128, 100), 100)  # has rows for all
+    check_vocabulary(vocabulary(None), vocabulary(128), 100)
+
+
+def test_another_batch_size_names_the_flags(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    monkeypatch.setenv("RANK", "0")
+    scheduler = argparse.Namespace(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
+    check_and_set = wrap_check_and_set(OptimizerParamScheduler._check_and_set)
+    assert check_and_set(scheduler, 80, 80, "total number of iterations") == 80
+    with pytest.raises(SystemExit) as caught:
+        check_and_set(scheduler, 160, 80, "total number of iterations")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("paci-megatron: error: total number of iterations is 160 on the command line and 80 in the")
+    assert "Add --override-opt_param-scheduler" in said and "--use-checkpoint-opt_param-scheduler" in said
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 2), (0, 2), (3, 3)])
+def test_a_checkpoint_that_is_not_loaded_is_a_failure(code: int | None, status: int) -> None:
+    def load_checkpoint(*arguments: Any) -> Any:
+        sys.exit(code)
+
+    with pytest.raises(SystemExit) as caught:
+        wrap_load_checkpoint(load_checkpoint)("model", None, None)
+    assert caught.value.code == status
+    assert wrap_load_checkpoint(lambda *arguments: (7, 0))("model") == (7, 0)
