@@ -18,9 +18,14 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def check_load(args: argparse.Namespace) -> None:
-    """``ConfigError`` unless what ``--load`` is to load is complete, or there is nothing yet and training begins anew."""
+    """``ConfigError`` unless what ``--load`` is to load is complete, or there is nothing yet and training begins anew.
+
+    Of other formats than torch_dist and torch nothing is known here, and nothing said.
+    """
     if not args.load or "://" in args.load or getattr(args, "non_persistent_ckpt_type", None):
         return  # object storage; or Megatron chooses among several places
+    if args.ckpt_format not in ("torch_dist", "torch"):
+        return
     folder = Path(args.load)
     if getattr(args, "pretrained_checkpoint", None) and not (folder / TRACKER).is_file():
         folder = Path(args.pretrained_checkpoint)
@@ -55,7 +60,7 @@ def last_complete(folder: Path) -> int | None:
 def fault(folder: Path) -> str | None:
     """What is wrong with one checkpoint: the file, and how; None if it has all that its index names.
 
-    Known are Megatron's formats torch_dist, its default, and torch; of another format nothing is said.
+    Known are Megatron's formats torch_dist, its default, and torch.
     """
     if not folder.is_dir():
         return f"{folder}: no such folder"

@@ -19,7 +19,7 @@ from paci_megatron.plugin.checkpoints import TRACKER, check_load, fault, iterati
 
 def namespace(folder: Path, **changes: Any) -> argparse.Namespace:
     """Arguments that load from ``folder``, with changes."""
-    return argparse.Namespace(**{"load": str(folder), "ckpt_step": None, **changes})
+    return argparse.Namespace(**{"load": str(folder), "ckpt_step": None, "ckpt_format": "torch_dist", **changes})
 
 
 @pytest.fixture
@@ -48,6 +48,8 @@ def test_what_is_complete_is_accepted(folder: Path) -> None:
     assert last_complete(folder) == 30
     assert refusal(namespace(folder / "new")) == "", "a first start"
     assert refusal(namespace(Path("msc://bucket/run"))) == ""
+    (iteration_folder(folder, 20) / "metadata.json").unlink()
+    assert refusal(namespace(folder, ckpt_step=20, ckpt_format="fsdp_dtensor")) == "", "another format"
     (folder / "iter_new").mkdir()
     iteration_folder(folder, 30).rename(folder / "release")
     (folder / TRACKER).write_text("release\n")
