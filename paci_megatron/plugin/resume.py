@@ -78,9 +78,9 @@ def wrap_check_and_set(original: Function) -> Function:
     """Wrap ``OptimizerParamScheduler._check_and_set``, which refuses another schedule of the learning rate on resume."""
 
     @functools.wraps(original)
-    def _check_and_set(self: Any, cls_value: float, sd_value: float, name: str) -> float:
+    def _check_and_set(self: Any, cls_value: Any, sd_value: Any, name: str) -> Any:
         try:
-            return float(original(self, cls_value, sd_value, name))
+            return original(self, cls_value, sd_value, name)
         except AssertionError as error:
             with exit_on_config_error():
                 raise ConfigError(

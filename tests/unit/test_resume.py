@@ -105,6 +105,7 @@ def test_another_batch_size_names_the_flags(capsys: pytest.CaptureFixture[str], 
     scheduler = argparse.Namespace(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
     check_and_set = wrap_check_and_set(OptimizerParamScheduler._check_and_set)
     assert check_and_set(scheduler, 80, 80, "total number of iterations") == 80
+    assert check_and_set(scheduler, "cosine", "cosine", "decay style") == "cosine"
     with pytest.raises(SystemExit) as caught:
         check_and_set(scheduler, 160, 80, "total number of iterations")
     said = capsys.readouterr().err
