@@ -13,10 +13,10 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard paci_megatron lab tools pretrain_gpt_paci.py examples tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean distclean
+.PHONY: help venv demo test test-older lint format clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt tools/make_venv.sh
 	sh tools/make_venv.sh $(VENV)
@@ -29,6 +29,15 @@ demo: $(INSTALLED)  ## train a small GPT with 1F1B-flush and with PACI on a CPU,
 # One thread per process: several stages share the cores, and threads waiting for each other cost more than they give.
 test: $(INSTALLED)  ## run the tests, without those marked slow or gpu
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+
+# Beside the release that constraints.txt has. A folder that PYTHONPATH puts first, as a user's checkout would be.
+OLDER_MEGATRON := $(VENV)/megatron-core-0.19.0
+$(OLDER_MEGATRON): $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ megatron-core==$(@:$(VENV)/megatron-core-%=%)
+
+test-older: $(OLDER_MEGATRON)  ## run what depends most on Megatron with the oldest release that is supported
+	PYTHONPATH=$(abspath $(OLDER_MEGATRON)) OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/unit/test_patches.py \
+		tests/multiproc/test_user_code.py tests/multiproc/test_training.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(RUN) -m ruff check $(SOURCES) setup.py
