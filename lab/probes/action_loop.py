@@ -120,8 +120,8 @@ class Measurement:
         config = self._run.config
         assert config is not None
         plan = Plan("paci", config.num_stages, self._a, is_drain=lambda update: update == self._updates)
-        transport, step = _Alone(self._gradient), self._stage.optimizer.step
-        running = RunningPlan(plan, 0, self._stage, config, self._args, transport, step, lambda update, total: None)
+        transport, optimizer = _Alone(self._gradient), self._stage.optimizer
+        running = RunningPlan(plan, 0, self._stage, config, self._args, transport, optimizer, lambda update, total: None)
         running.compute.forward_step_func, running.compute.data_iterator = self._forward_step, self._data
         for _ in range(self._updates):
             with running.at_work():

@@ -198,9 +198,7 @@ class Run:
                 print_last_rank(line)
 
         self.plans = [
-            RunningPlan(
-                plan, begin, stage, self._config, self.args, self._transport, lambda: self._optimizer.step(), on_total
-            )
+            RunningPlan(plan, begin, stage, self._config, self.args, self._transport, self._optimizer, on_total)
             for stage in self.stages
         ]
 

@@ -36,12 +36,10 @@ class RunningPlan:
         config: PaciConfig,
         args: argparse.Namespace,
         transport: Transport,
-        step: Callable[[], Any],
+        loop_optimizer: Any,
         on_total: Callable[[int, Record], None],
     ) -> None:
-        """``step`` steps the stage's optimizer, gradients ready; ``on_total`` is told the sums over all stages, by
-        update.
-        """
+        """``loop_optimizer`` is what Megatron's loop holds; ``on_total`` is told the sums over all stages, by update."""
         self.plan = plan
         self.begin = begin
         self.stage = stage
@@ -70,7 +68,7 @@ class RunningPlan:
             stage.scheduler,
             self._control,
             self._finalize_gradients,
-            step=step,
+            loop_optimizer=loop_optimizer,
             samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
             take_num_tokens=self._take_num_tokens if stage.model_config.calculate_per_token_loss else None,
             own_figures=self._own_figures,

@@ -41,7 +41,7 @@ class StageUpdate:
         scheduler: Any,
         control: Control,
         finalize_gradients: Callable[[], None],
-        step: Callable[[], Any],
+        loop_optimizer: Any,
         samples_per_update: int,
         take_num_tokens: Callable[[], torch.Tensor | None] | None = None,
         readings: WindowReadings | None = None,
@@ -49,7 +49,8 @@ class StageUpdate:
         tied: TiedEmbedding | None = None,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
-        the stage (data, tensor, context parallel); ``step`` steps the optimizer, whose gradients are ready.
+        the stage (data, tensor, context parallel); ``loop_optimizer`` is the optimizer as the
+        training loop holds it, whose ``step`` steps this stage's, with gradients that are ready.
         ``own_figures`` is what the stage tells the others beside an update's gradients. With a per-token loss
         ``take_num_tokens`` is the window's number of tokens, (1,), None on all but the last stage.
         """
@@ -61,7 +62,7 @@ class StageUpdate:
         self._samples_per_update = samples_per_update
         self._take_num_tokens = take_num_tokens
         self._own_figures = own_figures
-        self._step = step
+        self._loop_optimizer = loop_optimizer
         self._readings = readings
         self._tied = tied
         self._parameters = tuple(model.parameters())
@@ -108,7 +109,7 @@ class StageUpdate:
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            self._step()
+            self._loop_optimizer.step()
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -37,13 +39,14 @@ def data_at_every_stage() -> Iterator[None]:
 @contextlib.contextmanager
 def wrapped_optimizer_step(folder: str, by_class: bool) -> Iterator[None]:
     """Count the calls of a wrapper around ``optimizer.step``, put on the optimizer that Megatron returns or on its class,
-    and how many of them found other weights behind the step than before it; one JSON file a rank in ``folder``.
+    how many of them found other weights behind the step than before it, and the most functions between Megatron's ``train``
+    and the step; one JSON file a rank in ``folder``.
     """
     import megatron.training.training as training
     import torch.distributed as dist
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-    counts = {"steps": 0, "changed": 0}
+    counts = {"steps": 0, "changed": 0, "frames": 0}
     setup, class_step = training.setup_model_and_optimizer, ChainedOptimizer.step
     models: list[Any] = []
 
@@ -52,6 +55,11 @@ def wrapped_optimizer_step(folder: str, by_class: bool) -> Iterator[None]:
 
     def counted(step: Any) -> Any:
         def wrapper(*args: Any) -> Any:
+            frame: FrameType | None = sys._getframe(1)
+            frames = 0
+            while frame is not None and frame.f_code.co_name != "train":
+                frame, frames = frame.f_back, frames + 1
+            counts["frames"] = max(counts["frames"], frames)
             before = fingerprint()
             returned = step(*args)
             counts["steps"] += 1
