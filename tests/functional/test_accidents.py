@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .test_commands import ENVIRONMENT, MODEL, ROOT
+from paci_megatron.telemetry.metrics_file import read_metrics
+from tests.support.torchrun import MODEL, finish, start, wait_for
 
 ITERS = 100
 # The one data worker of Megatron's must outlive a SIGTERM too.
@@ -23,36 +19,9 @@ COMMAND = [
 ]
 
 
-def start(*command: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """torchrun with two processes, its output together."""
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *launcher, *command]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(argv, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, **pipes)
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """What it prints from here to its end."""
-    try:
-        return job.communicate(timeout=150)[0]
-    finally:
-        job.kill()
-
-
-def wait_for(job: subprocess.Popen[str], iteration: int) -> None:
-    """Reads on until the log line of ``iteration``."""
-    assert job.stdout is not None
-    printed = []
-    for line in job.stdout:
-        printed.append(line)
-        if re.search(rf" iteration +{iteration}/", line):
-            return
-    raise AssertionError("".join(printed)[-3000:])
-
-
 def losses(path: Path) -> dict[int, float]:
     """By iteration, from the metrics file; in every bit, and of an iteration done twice the last."""
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {event["iteration"]: event["loss"] for event in events if event["event"] == "train"}
+    found = {event["iteration"]: event["loss"] for event in read_metrics(path) if event["event"] == "train"}
     assert list(found) == list(range(1, ITERS + 1))
     return found
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from .test_commands import ENVIRONMENT, MODEL, ROOT
+from lab.processes import ROOT
+from tests.support.torchrun import MODEL, start, wait_for
 
 STAGES = 3
 
@@ -27,20 +26,13 @@ def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals)
         + (ROOT / "tests/functional/any_script.py").read_text()
     )
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={STAGES}"),
         *("-m", "paci_megatron", str(script), *MODEL, "--num-layers", "3", "--train-iters", "1000000"),
         *("--pipeline-model-parallel-size", str(STAGES), "--pipeline-schedule", "paci", "--paci-transfer-timeout", "10"),
     ]
-    environment = {**os.environ, **ENVIRONMENT}
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+    job = start(*command, processes=STAGES)
     last = 0
     try:
-        assert job.stdout is not None
-        printed = []
-        for line in job.stdout:
-            printed.append(line)
-            if re.search(r" iteration +30/", line):
-                break
+        printed = wait_for(job, 30)
         last = int((tmp_path / str(STAGES - 1)).read_text())
         if sent == signal.SIGSTOP:
             asked = int((tmp_path / "0").read_text())

@@ -8,31 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from paci_megatron.schedule import Action, Kind, one_f_one_b_flush, paci, with_transfers
+from paci_megatron.schedule import Kind, one_f_one_b_flush
 from paci_megatron.schedule.actions import TRANSFER_KINDS
-from paci_megatron.schedule.records import with_records
 from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace_file import EMBEDDING, LOSS, Stretch, layer_part, read_trace, trace_path
 from paci_megatron.telemetry.trace_layers import layer_counts
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated
+from tests.support.plans import plan_of
 
 ITERATIONS, DRAIN = 5, 3  # one drain on the way, one at the end
 DRAINED = ["--eval-interval", str(DRAIN), *PACI]
-
-
-def plan_of(stage: int, num_stages: int, a: int, updates: int) -> list[Action]:
-    """The actions of a stage from drain to drain."""
-
-    def is_drain(update: int) -> bool:
-        return update == updates
-
-    actions = with_transfers(paci(stage, num_stages, a, is_drain), stage, num_stages, a, is_drain)
-    plan = []
-    for action in with_records(actions, num_stages, a, is_drain):
-        plan.append(action)
-        if action == Action(Kind.UPDATE, updates):
-            return plan
-    raise AssertionError("a plan has no end")
 
 
 def assert_is_the_plan(trace: list[Stretch], num_stages: int, a: int) -> None:

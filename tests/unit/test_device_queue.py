@@ -10,29 +10,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from paci_megatron.schedule import Action, Kind, paci, with_transfers
-from paci_megatron.schedule.records import with_records
+from paci_megatron.schedule import Action, Kind
+from tests.support.plans import plan_of
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
 SENDS = {Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD), Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD)}
 TRANSFERS = RECEIVES | SENDS
 NEEDS = {Kind.FORWARD: Kind.RECV_FORWARD, Kind.BACKWARD: Kind.RECV_BACKWARD}
 RECORDS = {Kind.REPORT: 1, Kind.TOTAL: -1}
-
-
-def plan_of(stage: int, num_stages: int, a: int, updates: int) -> list[Action]:
-    """A stage's actions up to a drain at ``updates``."""
-
-    def is_drain(update: int) -> bool:
-        return update == updates
-
-    actions = with_transfers(paci(stage, num_stages, a, is_drain), stage, num_stages, a, is_drain)
-    plan = []
-    for action in with_records(actions, num_stages, a, is_drain):
-        plan.append(action)
-        if action.kind is Kind.UPDATE and action.index == updates:
-            break
-    return plan
 
 
 def stuck(plans: Sequence[Sequence[Action]], by_direction: bool = True) -> list[Action]:
