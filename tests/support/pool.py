@@ -26,7 +26,8 @@ class JobError(AssertionError):
 
 
 @functools.cache
-def _starter() -> Starter:
+def starter() -> Starter:
+    """Forks processes in which Megatron and the jobs are imported."""
     return Starter("tests.support.preload", CPU_ENVIRONMENT)
 
 
@@ -34,7 +35,7 @@ class Pool:
     """``world_size`` workers that run jobs together."""
 
     def __init__(self, world_size: int) -> None:
-        self._ranks = Ranks(_starter(), world_size, _work)
+        self._ranks = Ranks(starter(), world_size, _work)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
         """The results of ``tests.support.jobs.<job>(**arguments)``, by rank; :class:`JobError` if any rank fails."""

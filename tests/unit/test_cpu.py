@@ -1,8 +1,8 @@
-"""The stand-ins for CUDA: in a fresh process, since they change torch."""
+"""The stand-ins for CUDA: in a process of its own, since they change torch."""
 
 from __future__ import annotations
 
-from .test_patches import run
+from tests.support.interpreter import run
 
 DEVICES = ("'cuda'", "'cuda:0'", "torch.device('cuda', 0)", "0", "torch.cuda.current_device()")
 

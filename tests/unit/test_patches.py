@@ -1,17 +1,8 @@
-"""install() and uninstall(): all or nothing, and nothing left behind. In fresh processes: they change Megatron."""
+"""install() and uninstall(): all or nothing, and nothing left behind. In processes of their own: they change Megatron."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-
-def run(code: str) -> str:
-    """The output of ``code`` in a new interpreter; fails the test if it fails."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
+from tests.support.interpreter import run
 
 SNAPSHOT = """
 import torch, paci_megatron
@@ -119,16 +110,14 @@ paci_megatron.install()
 
 
 def test_a_user_who_asks_for_it_is_told_each_patch_point() -> None:
-    code = "import logging; logging.basicConfig(level=logging.DEBUG); import paci_megatron; paci_megatron.install()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    quiet = subprocess.run(
-        [sys.executable, "-c", "import paci_megatron; paci_megatron.install()"], capture_output=True, text=True, check=True
-    )
+    install = "import paci_megatron; paci_megatron.install()"
+    told = run(f"import logging; logging.basicConfig(level=logging.DEBUG, force=True); {install}")
+    quiet = run(install)
     from paci_megatron.plugin.patch_table import PATCH_POINTS
 
     for point in PATCH_POINTS:
-        assert f"{point}: {point.reason}" in done.stdout + done.stderr or point.cpu_only or point.gpu_only
-        assert f"{point}: " not in quiet.stdout + quiet.stderr
+        assert f"{point}: {point.reason}" in told or point.cpu_only or point.gpu_only
+        assert f"{point}: " not in quiet
 
 
 def test_patch_points_for_gpus_are_in_the_installed_megatron_too() -> None:
