@@ -20,13 +20,12 @@ from lab.benchmark.settings import (
     NAMES,
     REAL_MODEL,
     TIMED_MODEL,
-    BenchmarkError,
     Case,
     Settings,
     parse_stage_ms,
-    require,
 )
 from paci_megatron.cli.parser import CommandParser
+from paci_megatron.usage import UsageError, require
 
 if TYPE_CHECKING:
     from lab.benchmark.launch import Launcher
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(options, arguments[at + 1 :])
         groups, notes = settings.groups()
         require(bool(groups), "nothing to measure: " + "; ".join(notes))
-    except BenchmarkError as error:
+    except UsageError as error:
         parser.error(str(error))
     for note in notes:
         print(f"not measured: {note}")

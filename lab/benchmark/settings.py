@@ -8,20 +8,11 @@ from dataclasses import dataclass
 from paci_megatron.schedule.schedules import speedup_limit
 from paci_megatron.simulate.engine import Costs, Simulation, StageCosts
 from paci_megatron.simulate.peers import Schedule, find_schedule
+from paci_megatron.usage import UsageError, require
 
 FLUSH = "1f1b"
 BARE = "paci-bare"
 NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci-bare"
-
-
-class BenchmarkError(ValueError):
-    """A benchmark that cannot be made; the message names the value, the constraint and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """``BenchmarkError`` with that message unless the condition holds."""
-    if not condition:
-        raise BenchmarkError(message)
 
 
 @dataclass(frozen=True)
@@ -59,16 +50,16 @@ class Arm:
 
 
 def find_arm(name: str) -> Arm:
-    """The arm of that name, such as ``paci:1``; ``BenchmarkError`` if there is none."""
+    """The arm of that name, such as ``paci:1``; ``UsageError`` if there is none."""
     base = name.partition(":")[0]
     if name == BARE:
         return Arm(name, find_schedule("paci"), is_bare=True)
     if base not in ("1f1b", "interleaved", "paci"):
-        raise BenchmarkError(f"--schedules {name}: no schedule that can be run here; choose from {NAMES}")
+        raise UsageError(f"--schedules {name}: no schedule that can be run here; choose from {NAMES}")
     try:
         return Arm(name, find_schedule(name))
     except ValueError as error:
-        raise BenchmarkError(f"--schedules {name}: {error}") from None
+        raise UsageError(f"--schedules {name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ class Settings:
     megatron_flags: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """``BenchmarkError`` if no measurement could be made so."""
+        """``UsageError`` if no measurement could be made so."""
         for name, values in (("num-stages", self.num_stages), ("microbatches-per-update", self.microbatches_per_update)):
             for value in values:
                 least = 2 if name == "num-stages" else 1
@@ -242,7 +233,7 @@ def parse_stage_ms(text: str) -> tuple[float, float]:
     try:
         forward, backward = (float(part) for part in text.split(":"))
     except ValueError:
-        raise BenchmarkError(f"--timed-stage-ms {text}: expected FORWARD:BACKWARD, like 100:200") from None
+        raise UsageError(f"--timed-stage-ms {text}: expected FORWARD:BACKWARD, like 100:200") from None
     positive = 0 < forward < math.inf and 0 < backward < math.inf
     require(positive, f"--timed-stage-ms {text}: a forward and a backward take time; give milliseconds above 0")
     return forward, backward

@@ -15,11 +15,12 @@ from paci_megatron.schedule.schedules import speedup_limit
 from paci_megatron.simulate import peers
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
 from paci_megatron.simulate.comparison import aligned, choose_schedules, table
-from paci_megatron.simulate.costs import describe, parse_stage_ms, require
+from paci_megatron.simulate.costs import describe, parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.telemetry.stage_times import measured_stages
 from paci_megatron.telemetry.timelines import ENDINGS, check_ending, write_timelines
 from paci_megatron.telemetry.trace_report import TraceReport, describe_balance
+from paci_megatron.usage import require
 
 from .parser import CommandParser
 

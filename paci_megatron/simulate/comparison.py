@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from paci_megatron.usage import require
+
 from .advice import Outcome, Scenario
-from .costs import require
 from .peers import Schedule, find_schedule
 
 GIB = 2**30

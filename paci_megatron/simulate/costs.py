@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import math
 
+from paci_megatron.usage import UsageError, require
+
 from .engine import Costs, StageCosts
-
-
-class PlanningError(ValueError):
-    """A command line that cannot work; the message names the value, the constraint and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """``PlanningError`` with that message unless the condition holds."""
-    if not condition:
-        raise PlanningError(message)
 
 
 def parse_stage_ms(text: str, update_ms: float) -> StageCosts:
@@ -23,9 +15,7 @@ def parse_stage_ms(text: str, update_ms: float) -> StageCosts:
         forward_s, backward_s, *rest = (float(part) / 1000 for part in text.split(":"))
         (weight_s,) = rest or [backward_s / 2]
     except ValueError:
-        raise PlanningError(
-            f"--stage-ms {text}: expected FORWARD:BACKWARD or FORWARD:BACKWARD:WEIGHT, like 100:200"
-        ) from None
+        raise UsageError(f"--stage-ms {text}: expected FORWARD:BACKWARD or FORWARD:BACKWARD:WEIGHT, like 100:200") from None
     positive = 0 < forward_s < math.inf and 0 < backward_s < math.inf
     require(positive, f"--stage-ms {text}: a forward and a backward take time; give milliseconds above 0")
     message = f"--stage-ms {text}: WEIGHT is a part of BACKWARD; give 0 to {backward_s * 1000:g}, or leave it out"

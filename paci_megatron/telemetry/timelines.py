@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from paci_megatron.simulate.costs import require
 from paci_megatron.simulate.export import COLOURS, LABELS, WAITING, WAITING_COLOUR, to_chrome_trace, to_csv, to_html
 from paci_megatron.simulate.render import Timelines, render_timelines
+from paci_megatron.usage import require
 
 from .plotting import save
 
@@ -15,7 +15,7 @@ ENDINGS = (".txt", ".csv", ".json", ".html", ".png")
 
 
 def check_ending(path: Path) -> None:
-    """``PlanningError`` unless :func:`write_timelines` can write a file of that name."""
+    """``UsageError`` unless :func:`write_timelines` can write a file of that name."""
     require(path.suffix in ENDINGS, f"--timeline {path}: {path.suffix or 'no ending'}; choose {', '.join(ENDINGS)}")
 
 

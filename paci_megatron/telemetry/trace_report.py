@@ -11,10 +11,10 @@ from paci_megatron.schedule import Kind
 from paci_megatron.schedule.actions import COMPUTE_KINDS, TRANSFER_KINDS
 from paci_megatron.simulate.advice import Scenario
 from paci_megatron.simulate.balance import Model, layout
-from paci_megatron.simulate.costs import PlanningError, require
 from paci_megatron.simulate.engine import Costs, Simulation, Span, simulate
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.simulate.render import Timelines
+from paci_megatron.usage import UsageError, require
 
 from .timelines import write_timelines
 from .trace_file import StageStretch, Stretch, longest, read_trace
@@ -26,7 +26,7 @@ class TraceReport:
 
     def __init__(self, folder: Path, iterations: str | None = None) -> None:
         """Reads ``folder``, written by --paci-trace-dir, and of it the ``iterations`` FROM:TO or the longest stretch without
-        drain; ``PlanningError`` if it does not hold them.
+        drain; ``UsageError`` if it does not hold them.
         """
         self.folder = folder
         stretches = read_trace(folder)
@@ -186,6 +186,6 @@ def _containing(stretches: Sequence[Stretch], first: int, last: int, folder: Pat
         if stretch.first <= first and last <= stretch.last:
             return stretch
     held = ", ".join(f"{stretch.first}:{stretch.last}" for stretch in stretches if stretch.first <= stretch.last)
-    raise PlanningError(
+    raise UsageError(
         f"--trace-iterations {first}:{last}: not within a stretch between two drains of {folder}; it holds {held or 'none'}"
     )

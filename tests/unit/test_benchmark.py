@@ -16,7 +16,6 @@ from lab.benchmark.rows import Measured, make_rows, measured_costs, overrun_warn
 from lab.benchmark.settings import (
     REAL_MODEL,
     TIMED_MODEL,
-    BenchmarkError,
     Case,
     Settings,
     find_arm,
@@ -24,6 +23,7 @@ from lab.benchmark.settings import (
 )
 from paci_megatron.schedule import Kind
 from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.usage import UsageError
 
 TIMED = Settings(("1f1b", "paci", "interleaved:2"), (4,), (4,), TIMED_MODEL, stage_ms=((100, 200),), jitter=0.2, seed=3)
 
@@ -271,7 +271,7 @@ def test_what_cannot_work_is_said_in_one_line(
 
 def test_stage_times_are_read() -> None:
     assert parse_stage_ms("100:200.5") == (100, 200.5)
-    with pytest.raises(BenchmarkError, match="1:2:3"):
+    with pytest.raises(UsageError, match="1:2:3"):
         parse_stage_ms("1:2:3")
 
 

@@ -16,11 +16,12 @@ from lab.study import many_stages
 from paci_megatron.cli.plan import main
 from paci_megatron.schedule.schedules import max_drift
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
-from paci_megatron.simulate.costs import PlanningError, parse_stage_ms
+from paci_megatron.simulate.costs import parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.telemetry import timelines
 from paci_megatron.telemetry.stage_times import measured_stages
+from paci_megatron.usage import UsageError
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "plan_schedule.txt"
@@ -213,11 +214,11 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 
 
 def test_metrics_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanningError, match="no drain event; stage times are written at drains, so let the run reach one"):
+    with pytest.raises(UsageError, match="no drain event; stage times are written at drains, so let the run reach one"):
         measured_stages(metrics(tmp_path / "none.jsonl", []), 4, 0)
-    with pytest.raises(PlanningError, match=r"--update-ms 600: stage 0 of .* computes 500 ms in all; give less"):
+    with pytest.raises(UsageError, match=r"--update-ms 600: stage 0 of .* computes 500 ms in all; give less"):
         measured_stages(metrics(tmp_path / "short.jsonl", [[report(0, 2, 2.0, 0.5)]]), 4, 600)
-    with pytest.raises(PlanningError, match="no update between drains on stage 0"):
+    with pytest.raises(UsageError, match="no update between drains on stage 0"):
         measured_stages(metrics(tmp_path / "empty.jsonl", [[report(0, 0, 2.0, 0.5)]]), 4, 0)
 
 
