@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -71,7 +72,10 @@ def _work(connection: Connection) -> None:
     """A worker's life: start the process group, then answer jobs. One whose pool is gone reads the end of its pipe."""
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Megatron's first save would start an interpreter for this queue, which takes seconds on each rank.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     from . import jobs

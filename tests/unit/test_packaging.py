@@ -87,15 +87,13 @@ def test_constraints_pin_every_requirement(wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel unpacked in it, which sees what is installed here but nothing of the checkout.
-
-    What an editable installation adds to the path is left out: it is done by .pth files, which only site folders have.
-    """
+    """An environment with the wheel installed in it, which sees what else is installed here but nothing of the checkout."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, with_pip=False)
     (site,) = environment.glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--quiet", "--no-deps"]
+    done = subprocess.run([*pip, "--no-index", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     libraries = [Path(entry) for entry in (sysconfig.get_path("purelib"), *sys.path) if entry.endswith("site-packages")]
     # Linked one by one: an editable installation of this project must not come along.
     for library in libraries:
@@ -106,10 +104,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment
 
 
-def run_elsewhere(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What that environment's Python answers to ``arguments`` in ``folder``."""
+def run_elsewhere(environment: Path, folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What that environment's ``program`` answers to ``arguments`` in ``folder``."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [str(environment / "bin" / "python"), *arguments]
+    command = [str(environment / "bin" / program), *arguments]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
 
@@ -123,9 +121,9 @@ COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_works_from_the_wheel(installed: Path, tmp_path: Path, command: str) -> None:
     arguments, status, answer = ANSWERS[command]
-    done = run_elsewhere(installed, tmp_path, "-m", "paci_megatron.cli.main", command, *shlex.split(arguments))
+    done = run_elsewhere(installed, tmp_path, "paci-megatron", command, *shlex.split(arguments))
     assert done.returncode == status and answer in done.stdout + done.stderr, done.stdout + done.stderr
-    asked = run_elsewhere(installed, tmp_path, "-m", "paci_megatron.cli.main", command, "--help")
+    asked = run_elsewhere(installed, tmp_path, "paci-megatron", command, "--help")
     assert asked.returncode == 0 and f"paci-megatron {command}" in asked.stdout
     assert ".py" not in asked.stdout, "names a script, which the wheel does not have"
 
@@ -135,7 +133,7 @@ def test_the_wheels_modules_are_the_installed_ones(installed: Path, tmp_path: Pa
         "from importlib.util import find_spec\n"
         "for name in ('paci_megatron', 'pretrain_gpt_paci', 'lab'): print(getattr(find_spec(name), 'origin', None))"
     )
-    package, entry, lab = run_elsewhere(installed, tmp_path, "-c", code).stdout.split()
+    package, entry, lab = run_elsewhere(installed, tmp_path, "python", "-c", code).stdout.split()
     assert Path(package).is_relative_to(installed) and Path(entry).is_relative_to(installed)
     assert lab == "None"
 
@@ -179,15 +177,14 @@ def test_every_extra_that_a_message_names_exists(wheel: Path) -> None:
 def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
-    install = ["-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}"]
+    install = ["python", "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}"]
     done = run_elsewhere(environment, tmp_path, *install)
     assert done.returncode == 0, done.stdout + done.stderr
-    script = environment / "bin" / "paci-megatron"
     for command in COMMANDS:
         arguments, status, answer = ANSWERS[command]
-        done = subprocess.run([script, command, *shlex.split(arguments)], cwd=tmp_path, capture_output=True, text=True)
+        done = run_elsewhere(environment, tmp_path, "paci-megatron", command, *shlex.split(arguments))
         assert done.returncode == status and answer in done.stdout + done.stderr, done.stdout + done.stderr
-    assert "usage" in run_elsewhere(environment, tmp_path, "-m", "paci_megatron", "--help").stdout
+    assert "usage" in run_elsewhere(environment, tmp_path, "python", "-m", "paci_megatron", "--help").stdout
 
 
 def make_program(directory: Path, name: str, script: str) -> Path:
