@@ -13,6 +13,9 @@ import pytest
 from tests.support.pool import Pool
 
 
+MAX_WORKERS = 7  # a pool each of 1, 2 and 4
+
+
 @pytest.fixture(scope="session")
 def _pools() -> Iterator[dict[int, Pool]]:
     pools: dict[int, Pool] = {}
@@ -26,9 +29,9 @@ def pool(_pools: dict[int, Pool]) -> Callable[[int], Pool]:
     """``pool(world_size)``: the session's worker processes for that many ranks, started on first use."""
 
     def get(world_size: int) -> Pool:
-        # Only one pool at a time: idle workers of a large world still hold a gigabyte each.
         for size, other in list(_pools.items()):
-            if size != world_size or other.is_closed:
+            # Idle workers hold some memory each.
+            if other.is_closed or (size != world_size and sum({*_pools, world_size}) > MAX_WORKERS):
                 other.close()
                 del _pools[size]
         if world_size not in _pools:
