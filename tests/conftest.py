@@ -12,7 +12,6 @@ import pytest
 
 from tests.support.pool import Pool
 
-
 MAX_WORKERS = 7  # a pool each of 1, 2 and 4
 
 

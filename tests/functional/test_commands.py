@@ -25,7 +25,7 @@ def test_any_script_runs_unmodified_under_the_module() -> None:
     assert status == 0, paci[-3000:]
     assert "greeting: hello" in paci
     assert "schedule paci: 2 stages, 2 micro-batches per update, drift of at most 1 updates" in paci
-    assert "paci, drained after iteration       30 | 30 updates | by stage: max drift 1 0" in paci
+    assert "paci-megatron: drained after iteration       30 | 30 updates | by stage: max drift 1 0" in paci
     before, after = losses(plain, "counting loss"), losses(paci, "counting loss")
     assert len(before) == len(after) == 30
     assert before[0] == after[0] and before[-1] != after[-1]
