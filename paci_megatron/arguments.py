@@ -108,8 +108,9 @@ def _add_safety_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--paci-transfer-timeout",
         type=float,
-        default=600.0,
+        default=None,
         metavar="SECONDS",
         help="End the job if a stage is at one action of its plan for so long, after every rank has said where it is and "
-        "which stage it waits for. SIGUSR1 asks a rank to say so at any time.",
+        "which stage it waits for. SIGUSR1 asks a rank to say so at any time. Default: three quarters of "
+        "--distributed-timeout-minutes, after which the backend itself ends the job.",
     )

@@ -179,6 +179,18 @@ OVERRIDES: tuple[tuple[str, Any, str, str], ...] = (
     ("log_num_zeros_in_grad", False, "--log-num-zeros-in-grad", "it sums over all stages in every update"),
     ("log_energy", False, "--log-energy", "it gathers from all ranks"),
     ("log_straggler", False, "--log-straggler", "it gathers from all ranks"),
+    (
+        "train_sync_interval",
+        None,
+        "--train-sync-interval",
+        "it waits for the device, and with it for transfers of other stages",
+    ),
+    (
+        "empty_unused_memory_level",
+        0,
+        "--empty-unused-memory-level",
+        "freeing memory waits for the device, and with it for transfers of other stages",
+    ),
 )
 
 
@@ -231,7 +243,12 @@ NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("--paci-extra-in-flight", "paci_extra_in_flight", lambda n: n >= 0, "0 or a number of micro-batches"),
     ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
     ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
-    ("--paci-transfer-timeout", "paci_transfer_timeout", lambda s: 0 < s < math.inf, "a number of seconds, more than 0"),
+    (
+        "--paci-transfer-timeout",
+        "paci_transfer_timeout",
+        lambda s: s is None or 0 < s < math.inf,
+        "a number of seconds, more than 0",
+    ),
 )
 """Flag, argument, which values make sense (of NaN no comparison is true), and in words."""
 

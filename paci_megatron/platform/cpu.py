@@ -222,6 +222,15 @@ def _returning(value: Any) -> Callable[..., Any]:
     return stand_in
 
 
+device_synchronizations = 0
+"""How often ``torch.cuda.synchronize`` was called, which on a GPU waits for all its work: transfers of other stages too."""
+
+
+def _synchronize(device: Any = None) -> None:
+    global device_synchronizations
+    device_synchronizations += 1
+
+
 def _get_rng_state(device: Any = None) -> torch.Tensor:
     return torch.default_generator.get_state()
 
@@ -310,13 +319,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "device_memory_used": 0,
         "set_device": None,
         "set_stream": None,
-        "synchronize": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,
     }
     table = _device_functions()
     table += [(cuda, name, _returning(value)) for name, value in constants.items()]
-    table += [(cuda, "Stream", _Stream), (cuda, "Event", _Event)]
+    table += [(cuda, "Stream", _Stream), (cuda, "Event", _Event), (cuda, "synchronize", _synchronize)]
     table += [(cuda.nvtx, name, _returning(0)) for name in ("range_push", "range_pop")]
     # Modules move in place, so unlike Tensor.cuda this one returns the module it was called on.
     table.append((torch.nn.Module, "cuda", lambda module, device=None: module))

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from paci_megatron.platform import cpu
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def install() -> None:
     points = [point for point in PATCH_POINTS if not (point.gpu_only if on_cpu else point.cpu_only)]
     found = [_find(point) for point in points]
     differences = [target for target in found if isinstance(target, str)]
-    version = megatron.core.__version__
+    version = Version(megatron.core.__version__).public  # a checkout adds its commit
     if differences:
         cpu.deactivate()
         raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
 from .running_plan import RunningPlan
 from .stage import Stage
-from .watchdog import Watchdog
+from .watchdog import Watchdog, transfer_timeout_s
 
 
 class Run:
@@ -51,6 +52,7 @@ class Run:
         self.stages: list[Stage] = []
         self.plans: list[RunningPlan] = []
         self.iteration = 0
+        self.since_s = time.monotonic()  # the last time that this process began or ended an iteration
         self.updates: list[UpdateResult] = []  # of each stage in the last iteration
         self.totals: dict[int, Record] = {}  # of all stages, by iteration, which have become known in the last one
         self.flush_trace: FlushTrace | None = None
@@ -99,7 +101,7 @@ class Run:
         if args.num_experts is not None:
             self._moe_tracker = moe_logging.get_moe_metrics_tracker()
             moe_logging.set_moe_metrics_tracker(DrainedMoEMetrics(self.is_drained))
-        self._watchdog = Watchdog(self, args.paci_transfer_timeout, torch.distributed.get_rank())
+        self._watchdog = Watchdog(self, transfer_timeout_s(args), torch.distributed.get_rank())
         self._watchdog.start()
 
     def stop(self) -> None:
@@ -133,6 +135,7 @@ class Run:
 
     def run_iteration(self, forward_step_func: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
         """Perform the plan up to the next update; returns the losses of its window (empty but on the last stage)."""
+        self.since_s = time.monotonic()
         if not self.plans:
             self._begin_plans(num_microbatches)
         for running in self.plans:
@@ -141,6 +144,7 @@ class Run:
         self.totals = {}
         self.updates = run_to_update(self.plans)
         self.iteration += 1
+        self.since_s = time.monotonic()
         losses = self.plans[-1].compute.take_losses()
         if self.drains.leaves_flush(self.iteration):
             print_last_rank(f"not flushing from iteration {self.iteration + 1} on")

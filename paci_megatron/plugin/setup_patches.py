@@ -25,6 +25,7 @@ from .checkpoints import check_load
 from .describe import describe
 from .groups import ProcessTransport
 from .inputs import exit_on_config_error
+from .interval_timer import IntervalTimer
 from .layers import check_layers
 from .log import print_first_rank
 from .places import check_places
@@ -33,6 +34,7 @@ from .resume import check_vocabulary, resume_line
 from .run import Run
 from .stage import Stage
 from .train_step import forward_backward_pipelining_paci
+from .watchdog import transfer_timeout_s
 
 Function = Callable[..., Any]
 
@@ -76,6 +78,7 @@ def wrap_validate_args(original: Function) -> Function:
                 check_emulation(args)
                 result = _validated_as_processes(original, args, defaults)
             config = PaciConfig.from_args(args)
+            transfer_timeout_s(args)
         if config.clip_mode == "none":
             args.clip_grad = 0.0
         return result
@@ -122,7 +125,7 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
 
     @functools.wraps(original)
     def setup_model_and_optimizer(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args
+        from megatron.training import get_args, get_timers
 
         args = get_args()
         runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
@@ -149,18 +152,11 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
         run.start(stages, transport, optimizer)
         for line in describe(PaciConfig.from_args(args), args.clip_grad, get_num_microbatches()):
             print_first_rank(line)
-        _keep_interval_timer_within_stage()
+        get_timers()("interval-time", log_level=0)
+        get_timers()._timers["interval-time"] = IntervalTimer("interval-time")
         return model, optimizer, scheduler
 
     return setup_model_and_optimizer
-
-
-def _keep_interval_timer_within_stage() -> None:
-    """The log line's time is then that of the stage which prints it; a barrier over all would stop the pipeline."""
-    from megatron.training import get_timers
-
-    stage_group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    get_timers()("interval-time", log_level=0).set_barrier_group(stage_group)
 
 
 def wrap_build_train_valid_test_data_iterators(original: Function) -> Function:

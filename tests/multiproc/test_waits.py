@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.helpers import PACI, OneProcess, arguments, emulated, without
-from tests.support.waits import counted
+from tests.support.helpers import PACI, GetPool, OneProcess, arguments, emulated, without
+from tests.support.waits import counted, device_synchronizations
 
 FIRST, LAST = 3, 9
 
@@ -41,3 +41,15 @@ def test_megatrons_own_loop_waits_more_often(one_process: OneProcess, corpus: st
     one_process([*argv, "--log-interval", "100"], within=partial(counted, path=str(path), first=FIRST, last=LAST))
     places = json.loads(path.read_text())
     assert sum(places.values()) > 10 * (LAST - FIRST)
+
+
+@pytest.mark.parametrize(("schedule", "synchronizes"), [(PACI, False), ([], True)], ids=["paci", "1f1b"])
+def test_nothing_synchronizes_the_device_between_drains(
+    pool: GetPool, corpus: str, tmp_path: Path, schedule: list[str], synchronizes: bool
+) -> None:
+    """Log lines in every iteration, every option that would synchronise. Megatron's own schedule shows what is counted."""
+    more = ["--train-sync-interval", "1", "--empty-unused-memory-level", "2", "--clip-grad", "1.0", *schedule]
+    path = tmp_path / "synchronizations.json"
+    within = partial(device_synchronizations, path=str(path), first=FIRST, last=LAST)
+    pool(2).run("train", argv=[*arguments(corpus, 2, 3, iters=12), *more], within=within)
+    assert (json.loads(path.read_text()) > 0) == synchronizes

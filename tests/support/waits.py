@@ -100,3 +100,25 @@ def counted(path: str, first: int, last: int) -> Iterator[None]:
     HostCopy.wait = original_wait  # type: ignore[method-assign]
     training.train_step, clip_grads.l2_norm_impl = original, norm
     Path(path).write_text(json.dumps(reads.places), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def device_synchronizations(path: str, first: int, last: int) -> Iterator[None]:
+    """Write how often the whole device was waited for from after iteration ``first`` up to ``last`` to ``path``."""
+    import megatron.training.training as training
+
+    from paci_megatron.platform import cpu
+
+    counts: dict[int, int] = {}
+    original = training.train_step
+
+    def train_step(*args: Any, iteration: int, **named: Any) -> Any:
+        counts[iteration] = cpu.device_synchronizations
+        return original(*args, iteration=iteration, **named)
+
+    training.train_step = train_step
+    try:
+        yield
+    finally:
+        training.train_step = original
+    Path(path).write_text(json.dumps(counts[last] - counts[first]), encoding="utf-8")
