@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -146,7 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"--output {output}: no folder {output.parent}. Make it first.")
     # Before Megatron is imported, which would log at INFO.
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
-    with quiet_imports():
+    # The plugin says on standard output what it replaces, which is for the figures here.
+    with quiet_imports(), contextlib.redirect_stdout(sys.stdout if arguments.verbose else io.StringIO()):
         paci_megatron.install()
         from paci_megatron.evaluate.evaluator import EvaluationOptions, evaluate
 
