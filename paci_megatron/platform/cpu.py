@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import logging
 import os
@@ -267,25 +266,6 @@ def _without_drawing(original: Callable[..., None]) -> Callable[..., None]:
         torch.default_generator.set_state(state)
 
     return wrapper
-
-
-def wrap_torch_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the construction of PyTorch's norms, the only ones on a CPU, which Megatron refuses under sequence parallelism.
-
-    They compute the same on a part of the sequence. What is missing is the mark by which Megatron sums their gradients over
-    the tensor-parallel ranks.
-    """
-
-    @functools.wraps(original)
-    def __new__(cls: type, config: Any, *positional: Any, **named: Any) -> Any:
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm = original(cls, plain, *positional, **named)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    return __new__
 
 
 def wrap_maybe_move_tensor_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from paci_megatron.platform import cpu, shared_gpu, torch_adam
+from paci_megatron.platform import cpu, shared_gpu, torch_adam, without_te
 
 from . import children, loop_patches, resume, setup_patches
 
@@ -316,13 +316,22 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "self model_param tensors",
         "without Transformer Engine and Apex a loaded optimizer counts each update once for every parameter",
     ),
+    *(
+        PatchPoint(
+            "megatron.core.tensor_parallel.layers",
+            f"{layer}.__init__",
+            without_te.wrap_parallel_linear_init,
+            None,
+            "with Transformer Engine and without Apex it refuses gradient accumulation fusion, Megatron's default",
+        )
+        for layer in ("ColumnParallelLinear", "RowParallelLinear")
+    ),
     PatchPoint(
         "megatron.core.transformer.torch_norm",
         "WrappedTorchNorm.__new__",
-        cpu.wrap_torch_norm,
+        without_te.wrap_torch_norm,
         "cls config hidden_size eps persist_layer_norm zero_centered_gamma normalization",
-        "lets --sequence-parallel run without Transformer Engine and Apex, whose norms need a GPU",
-        cpu_only=True,
+        "lets --sequence-parallel run without Transformer Engine and Apex",
     ),
     PatchPoint(
         "megatron.core.tensor_parallel.random",
