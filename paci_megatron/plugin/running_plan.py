@@ -68,6 +68,7 @@ class RunningPlan:
             stage.scheduler,
             self._control,
             self._finalize_gradients,
+            steps=stage.steps,
             loop_optimizer=loop_optimizer,
             samples_per_update=a * args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size,
             take_num_tokens=self._take_num_tokens if stage.model_config.calculate_per_token_loss else None,

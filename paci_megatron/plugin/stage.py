@@ -15,6 +15,7 @@ from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.readings import Readings
 from paci_megatron.runtime.saved import SavedActivations
+from paci_megatron.runtime.steps import OptimizerSteps
 from paci_megatron.telemetry.trace import StageTrace
 
 _FINGERPRINT_PART = 1 << 20
@@ -52,6 +53,7 @@ class Stage:
         self.model = model
         self.model_config = get_model_config(model)
         self.optimizer = optimizer
+        self.steps = OptimizerSteps(optimizer)
         self.scheduler = scheduler
         self.groups = groups
         self.meter = meter

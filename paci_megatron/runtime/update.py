@@ -10,6 +10,7 @@ import torch
 
 from .control import Control, Record
 from .device import HostCopy
+from .steps import OptimizerSteps
 from .tied_embeddings import TiedEmbedding
 
 
@@ -41,6 +42,7 @@ class StageUpdate:
         scheduler: Any,
         control: Control,
         finalize_gradients: Callable[[], None],
+        steps: OptimizerSteps,
         loop_optimizer: Any,
         samples_per_update: int,
         take_num_tokens: Callable[[], torch.Tensor | None] | None = None,
@@ -62,6 +64,7 @@ class StageUpdate:
         self._samples_per_update = samples_per_update
         self._take_num_tokens = take_num_tokens
         self._own_figures = own_figures
+        self._steps = steps
         self._loop_optimizer = loop_optimizer
         self._readings = readings
         self._tied = tied
@@ -104,12 +107,10 @@ class StageUpdate:
             self._tied.apply(update, control)
         if coefficient < 1.0 or self._tied is not None:
             self._optimizer.prepare_grads()  # which may have made copies of what has changed since
-        if not applies:
-            self._drop_gradients()
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            self._loop_optimizer.step()
+            self._steps.step(self._loop_optimizer, applies, self._tied.weight if self._tied is not None else None)
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()
@@ -131,21 +132,7 @@ class StageUpdate:
         self._model.scale_gradients(1.0 / num_tokens.double().clamp(min=1.0).view(()))
         return HostCopy(num_tokens)
 
-    def _drop_gradients(self) -> None:
-        """Leave the optimizer nothing to step, but for the tied embedding, which the other stage may step."""
-        for parameter in self._optimizer.get_parameters():
-            if self._tied is None or not _is_part_of(parameter, self._tied.weight):
-                parameter.grad = None
-                if hasattr(parameter, "decoupled_grad"):  # where the precision-aware optimizer has it
-                    parameter.decoupled_grad = None
-
     def _zero_gradients(self) -> None:
         """Clear both places Megatron keeps gradients in, or the next window would count this one again."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
-
-
-def _is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:
-    """Whether ``parameter``, one of an optimizer's, is ``weight``, a shard of it, or its copy in fp32."""
-    begin = weight.data_ptr()
-    return parameter is getattr(weight, "main_param", None) or begin <= parameter.data_ptr() < begin + weight.nbytes

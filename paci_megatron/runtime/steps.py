@@ -1,0 +1,86 @@
+"""The steps of a stage's optimizer, of which some are skipped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+class OptimizerSteps:
+    """Steps a stage's optimizer: all of it, or in a skipped update nothing but the tied embedding.
+
+    That is stepped in every update, because the other stage that holds it may not skip, and the two must not differ.
+    PyTorch's Adam counts steps by parameter. Those of Transformer Engine and Apex count them by parameter group, also for
+    parameters without a gradient; so after a skipped update the tied embedding has a count of its own here, and is stepped
+    apart from then on. One object serves all plans of a stage.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        """``optimizer`` is Megatron's."""
+        self._optimizer = optimizer
+        self._groups = [
+            group for part in getattr(optimizer, "chained_optimizers", [optimizer]) for group in part.param_groups
+        ]
+        self._tied_ahead = 0  # steps of the tied embedding more than of its group
+        self._counts_by_group = False
+
+    def step(self, loop_optimizer: Any, applies: bool, tied: torch.nn.Parameter | None) -> None:
+        """Call ``loop_optimizer.step``, which steps this stage's optimizer, for what is to be stepped.
+
+        ``applies`` is whether the update is not skipped; ``tied`` the embedding that is stepped anyway, if any.
+        """
+        if tied is None or (applies and not self._tied_ahead):
+            if applies:
+                loop_optimizer.step()
+            return
+        others: list[torch.Tensor] = []
+        tied_parts: list[torch.Tensor] = []
+        for parameter in self._optimizer.get_parameters():
+            (tied_parts if _is_part_of(parameter, tied) else others).append(parameter)
+        with _without_gradients(others), self._tied_count():
+            loop_optimizer.step()
+        if applies:
+            with _without_gradients(tied_parts):
+                loop_optimizer.step()
+        self._tied_ahead += not applies
+
+    @contextlib.contextmanager
+    def _tied_count(self) -> Iterator[None]:
+        """Inside, the groups count steps as the tied embedding does; afterwards as they did before."""
+        counts = [group.get("step") for group in self._groups]
+        counts = [count.clone() if isinstance(count, torch.Tensor) else count for count in counts]
+        if self._counts_by_group and self._tied_ahead:
+            for group, count in zip(self._groups, counts, strict=True):
+                group["step"] = (count or 0) + self._tied_ahead
+        yield
+        for group, count in zip(self._groups, counts, strict=True):
+            self._counts_by_group |= "step" in group
+            if count is not None:
+                group["step"] = count
+            else:
+                group.pop("step", None)
+
+
+@contextlib.contextmanager
+def _without_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, an optimizer finds no gradients at ``parameters``, in either place where Megatron puts them."""
+    kept = [
+        (parameter, name, getattr(parameter, name))
+        for parameter in parameters
+        for name in ("grad", "decoupled_grad")
+        if getattr(parameter, name, None) is not None
+    ]
+    for parameter, name, _ in kept:
+        setattr(parameter, name, None)
+    yield
+    for parameter, name, gradient in kept:
+        setattr(parameter, name, gradient)
+
+
+def _is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:
+    """Whether ``parameter``, one of an optimizer's, is ``weight``, a shard of it, or its copy in fp32."""
+    begin = weight.data_ptr()
+    return parameter is getattr(weight, "main_param", None) or begin <= parameter.data_ptr() < begin + weight.nbytes
