@@ -178,7 +178,8 @@ def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int
     """PACI's line beside Megatron's log line: all stages' figures as far as they are known, up to ``of_iteration``."""
     fields = [f"grad norm: {total.norm:.3f} (of iteration {of_iteration})"]
     if total.least_bubble <= total.most_bubble:
-        fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest")
+        more = f" (up to {total.host_bound:.1%} more where a GPU waits for its host)" if total.host_bound >= 0.005 else ""
+        fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest{more}")
     fields += [f"max drift: {total.max_drift:.0f}", f"skipped updates: {skipped}"]
     return f"{PREFIX} iteration {iteration:8d} | {' | '.join(fields)} |"
 
@@ -192,6 +193,7 @@ def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
         "grad_norm_iteration": of_iteration,
         "least_bubble_fraction": total.least_bubble if has_bubble else None,
         "most_bubble_fraction": total.most_bubble if has_bubble else None,
+        "host_bound_fraction": total.host_bound if has_bubble else None,
     }
 
 

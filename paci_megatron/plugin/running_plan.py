@@ -125,6 +125,7 @@ class RunningPlan:
             least_bubble=least,
             most_bubble=most,
             max_drift=float(meter.max_drift),
+            host_bound=meter.host_bound_fraction,
         )
 
     def _take_num_tokens(self) -> torch.Tensor | None:

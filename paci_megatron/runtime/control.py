@@ -20,7 +20,8 @@ class Record(NamedTuple):
 
     ``exits`` is how many ask to drain soon, so that Megatron can stop. The loss is the last stage's, and 0 unless watched.
     Bubbles are those of the busiest and the idlest of these stages in the last complete log interval; the least is above
-    the most as long as there is none.
+    the most as long as there is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for its
+    host while it counted as computing.
     """
 
     squared_norm: float = 0.0
@@ -30,6 +31,7 @@ class Record(NamedTuple):
     least_bubble: float = 1.0
     most_bubble: float = 0.0
     max_drift: float = 0.0
+    host_bound: float = 0.0
 
     def plus(self, later: Record) -> Record:
         """The sums with ``later``'s."""
@@ -41,6 +43,7 @@ class Record(NamedTuple):
             min(self.least_bubble, later.least_bubble),
             max(self.most_bubble, later.most_bubble),
             max(self.max_drift, later.max_drift),
+            max(self.host_bound, later.host_bound),
         )
 
     def to_save(self) -> tuple[float, ...]:

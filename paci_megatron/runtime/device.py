@@ -14,18 +14,23 @@ class Stopwatch:
 
     On a GPU the host runs ahead, so pairs of CUDA events are recorded in the current stream and added up once the device
     has passed them; only :meth:`take_s` waits for that. On a CPU the monotonic clock is enough.
+
+    A pair of events also spans the gaps in which the device waits for the host to queue its next kernel. There are none if
+    the whole section was queued before the device came to it; the time of the sections for which that was not so is summed
+    apart, as ``host_bound_s``: it may be computing or not.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._started = 0.0
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._host_bound_s = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = deque()  # and whether it was caught up with
         self._open: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # started and not stopped
         self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Begin a wait."""
+        """Begin a section."""
         if not self._on_gpu:
             self._started = time.perf_counter()
             return
@@ -34,11 +39,12 @@ class Stopwatch:
         self._open[0].record()
 
     def stop(self) -> None:
-        """End the wait that :meth:`start` began."""
+        """End the section that :meth:`start` began."""
         if self._on_gpu:
             assert self._open is not None
-            self._open[1].record()
-            self._pending.append(self._open)
+            begun, ended = self._open
+            ended.record()
+            self._pending.append((begun, ended, begun.query()))
         else:
             self._seconds += time.perf_counter() - self._started
 
@@ -48,18 +54,30 @@ class Stopwatch:
             self._add_up()
         return self._seconds
 
+    @property
+    def host_bound_s(self) -> float:
+        """What of :meth:`so_far_s` may have been waits of the device for the host."""
+        return self._host_bound_s
+
     def take_s(self) -> float:
         """The seconds summed since the last call, which starts again from zero. Synchronises with a GPU."""
+        return self.take()[0]
+
+    def take(self) -> tuple[float, float]:
+        """:meth:`take_s`, and what of it is ``host_bound_s``, which starts again from zero too."""
         while self._pending:
             self._pending[0][1].synchronize()
             self._add_up()
-        taken, self._seconds = self._seconds, 0.0
+        taken = self._seconds, self._host_bound_s
+        self._seconds = self._host_bound_s = 0.0
         return taken
 
     def _add_up(self) -> None:
-        pair = self._pending.popleft()
-        self._seconds += pair[0].elapsed_time(pair[1]) / 1000
-        self._free.append(pair)
+        begun, ended, caught_up = self._pending.popleft()
+        seconds = begun.elapsed_time(ended) / 1000
+        self._seconds += seconds
+        self._host_bound_s += seconds * caught_up
+        self._free.append((begun, ended))
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -18,6 +18,7 @@ from paci_megatron.schedule.schedules import max_drift, max_in_flight
 class StageFigures:
     """A stage's figures since they were last taken. Drift in updates, times in seconds, fractions in [0, 1].
 
+    ``host_bound_fraction`` is what of the time that counts as computing may have been waits of a GPU for its host.
     ``copied_weight_bytes`` is the most that copies of older weights held; 0 under PACI, see ``--paci-weight-policy``.
     """
 
@@ -28,6 +29,7 @@ class StageFigures:
     mean_drift: float
     max_in_flight: int
     bubble_fraction: float
+    host_bound_fraction: float
     wall_s: float
     copied_weight_bytes: int
 
@@ -103,7 +105,11 @@ class StageMeter:
         """A log interval ends here, and the next begins. Waits for nothing: what a device has still to do counts later."""
         now, busy_s = time.perf_counter(), self._busy.so_far_s()
         self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / (now - self._interval_since), 0.0), 1.0)
+        self.host_bound_fraction = max(self._busy.host_bound_s - self._interval_host_bound_s, 0.0) / (
+            now - self._interval_since
+        )
         self._interval_since, self._interval_busy_s = now, busy_s
+        self._interval_host_bound_s = self._busy.host_bound_s
 
     @property
     def bubbles(self) -> tuple[float, float]:
@@ -119,6 +125,7 @@ class StageMeter:
     def take_figures(self) -> StageFigures:
         """The figures since the last call; counting starts again from zero."""
         wall_s = time.perf_counter() - self._since
+        host_bound_s, busy_s = self._busy.host_bound_s, self._busy.take_s()
         figures = StageFigures(
             stage_index=self.stage_index,
             updates=self._updates,
@@ -126,7 +133,8 @@ class StageMeter:
             max_drift=self._max_drift,
             mean_drift=self._drift_sum / self._backwards if self._backwards else 0.0,
             max_in_flight=self._max_in_flight,
-            bubble_fraction=max(1.0 - self._busy.take_s() / wall_s, 0.0),
+            bubble_fraction=max(1.0 - busy_s / wall_s, 0.0),
+            host_bound_fraction=host_bound_s / wall_s,
             wall_s=wall_s,
             copied_weight_bytes=self._copied_weight_bytes,
         )
@@ -139,5 +147,5 @@ class StageMeter:
         self._updates = self._skipped = self._backwards = self._drift_sum = 0
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._since = self._interval_since = time.perf_counter()
-        self._interval_busy_s = 0.0
+        self._interval_busy_s = self._interval_host_bound_s = self.host_bound_fraction = 0.0
         self._interval_bubble = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from paci_megatron.plugin.monitor import interval_line
 from paci_megatron.runtime import meters
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.device import Stopwatch
 from paci_megatron.runtime.meters import StageMeter
 
 
@@ -68,3 +70,44 @@ def test_the_line_beside_megatrons_says_what_is_known() -> None:
         "max drift: 1 | skipped updates: 3 |"
     )
     assert "bubble" not in interval_line(10, 9, Record(squared_norm=4.0), skipped=0)
+
+
+class Event:
+    """A CUDA event on a device that has come as far as ``device_s``; recorded at what the next of ``marks`` says."""
+
+    device_s = 0.0
+    marks: ClassVar[list[float]] = []
+
+    def record(self) -> None:
+        self.at_s = Event.marks.pop(0)
+
+    def query(self) -> bool:
+        return self.at_s <= Event.device_s
+
+    def synchronize(self) -> None:
+        Event.device_s = max(Event.device_s, self.at_s)
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later.at_s - self.at_s)
+
+
+def test_a_section_that_the_device_began_before_it_was_all_queued_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paci_megatron.runtime.device._timing_event", Event)
+    monkeypatch.setattr(Event, "device_s", 0.0)
+    watch = Stopwatch(torch.device("cuda"))
+    monkeypatch.setattr(Event, "marks", [1.0, 3.0, 4.0, 6.0])
+    watch.start()
+    watch.stop()  # queued while the device is still before it: 2 seconds of computing, without gaps
+    watch.start()
+    Event.device_s = 5.0  # the device is at work on it while the host is still queueing
+    watch.stop()
+    assert watch.so_far_s() == 2 and watch.host_bound_s == 0, "the device has not come to the end of the second"
+    Event.device_s = 7.0
+    assert watch.so_far_s() == 4 and watch.host_bound_s == 2
+    assert watch.take_s() == 4 and watch.host_bound_s == 0
+
+
+def test_the_line_says_how_much_more_the_bubble_may_be() -> None:
+    total = Record(4.0, least_bubble=0.01, most_bubble=0.2, host_bound=0.12)
+    assert "20.0% idlest (up to 12.0% more where a GPU waits for its host)" in interval_line(10, 9, total, 0)
+    assert "more" not in interval_line(10, 9, total._replace(host_bound=0.0), 0)
