@@ -20,8 +20,8 @@ class Record(NamedTuple):
 
     ``exits`` is how many ask to drain soon, so that Megatron can stop. The loss is the last stage's, and 0 unless watched.
     Bubbles are those of the busiest and the idlest of these stages in the last complete log interval; the least is above
-    the most as long as there is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for its
-    host while it counted as computing.
+    the most as long as there is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for
+    its host while it counted as computing.
     """
 
     squared_norm: float = 0.0

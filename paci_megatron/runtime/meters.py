@@ -55,6 +55,7 @@ class StageMeter:
         self._in_flight_bound = 0
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._interval_since = self._interval_busy_s = 0.0
+        self._interval_host_bound_s = self.host_bound_fraction = 0.0
         self._interval_bubble: float | None = None
         self.restart()
 
@@ -104,12 +105,10 @@ class StageMeter:
     def end_interval(self) -> None:
         """A log interval ends here, and the next begins. Waits for nothing: what a device has still to do counts later."""
         now, busy_s = time.perf_counter(), self._busy.so_far_s()
-        self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / (now - self._interval_since), 0.0), 1.0)
-        self.host_bound_fraction = max(self._busy.host_bound_s - self._interval_host_bound_s, 0.0) / (
-            now - self._interval_since
-        )
-        self._interval_since, self._interval_busy_s = now, busy_s
-        self._interval_host_bound_s = self._busy.host_bound_s
+        wall_s, host_bound_s = now - self._interval_since, self._busy.host_bound_s
+        self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / wall_s, 0.0), 1.0)
+        self.host_bound_fraction = (host_bound_s - self._interval_host_bound_s) / wall_s
+        self._interval_since, self._interval_busy_s, self._interval_host_bound_s = now, busy_s, host_bound_s
 
     @property
     def bubbles(self) -> tuple[float, float]:
@@ -125,7 +124,7 @@ class StageMeter:
     def take_figures(self) -> StageFigures:
         """The figures since the last call; counting starts again from zero."""
         wall_s = time.perf_counter() - self._since
-        host_bound_s, busy_s = self._busy.host_bound_s, self._busy.take_s()
+        busy_s, host_bound_s = self._busy.take()
         figures = StageFigures(
             stage_index=self.stage_index,
             updates=self._updates,

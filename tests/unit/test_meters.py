@@ -104,7 +104,7 @@ def test_a_section_that_the_device_began_before_it_was_all_queued_is_counted_apa
     assert watch.so_far_s() == 2 and watch.host_bound_s == 0, "the device has not come to the end of the second"
     Event.device_s = 7.0
     assert watch.so_far_s() == 4 and watch.host_bound_s == 2
-    assert watch.take_s() == 4 and watch.host_bound_s == 0
+    assert watch.take() == (4, 2) and watch.host_bound_s == 0
 
 
 def test_the_line_says_how_much_more_the_bubble_may_be() -> None:
