@@ -86,16 +86,22 @@ def _run(arguments: argparse.Namespace, num_gpus: int) -> int:
     checks = one_device.checks(bench)
     if arguments.multi:
         checks += many_gpus.checks(bench, num_stages=_stages(num_gpus, bench.sizes.num_layers) if on_gpu else 2)
+    chosen = [check for check in checks if arguments.only is None or arguments.only in check.name]
+    if not chosen:
+        names = "\n".join(f"  {check.name}" for check in checks)
+        print(
+            f"gpu_check.py: error: --only {arguments.only}: no check has these words. There are:\n{names}", file=sys.stderr
+        )
+        return 2
     machine = _machine(on_gpu)
     print(
         f"{', '.join(machine['gpus']) or 'CPU'}; torch {machine['torch']}, megatron-core {machine['megatron']}", flush=True
     )
     outcomes = []
-    for check in checks:
-        if arguments.only is None or arguments.only in check.name:
-            print(f"... {check.name}", flush=True)
-            outcomes.append(perform(check))
-            print(f"{outcomes[-1].status}  {outcomes[-1].measured} ({outcomes[-1].seconds:.0f} s)", flush=True)
+    for check in chosen:
+        print(f"... {check.name}", flush=True)
+        outcomes.append(perform(check))
+        print(f"{outcomes[-1].status}  {outcomes[-1].measured} ({outcomes[-1].seconds:.0f} s)", flush=True)
     write_json(folder / "gpu_check.json", machine, outcomes)
     print(f"\n{table(outcomes)}\n{folder / 'gpu_check.json'}; {time.perf_counter() - begin_s:.0f} s")
     return exit_status(outcomes)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from paci_megatron.arguments import add_paci_arguments
+from paci_megatron.schedule.schedules import max_lead, sends_in_flight
 
-from .bench import Bench, launcher
+from .bench import Bench, Sizes, launcher
 from .outcome import Check, Measured, SkipCheck
 
 LOSS_DIFFERENCE = 0.03  # of PACI's mean loss at the end of a short training, relative to flush's
@@ -40,7 +41,7 @@ def checks(bench: Bench) -> list[Check]:
             f"every loss within {ROUNDING_DIFFERENCE:.0%}" if sizes.bf16 else "the same losses, bit for bit",
             linked_against_emulation,
         ),
-        (f"peak memory of PACI against flush, {linked}", "equal in every process, within 1%", peak_memory),
+        (f"peak memory of PACI against flush, {linked}", "equal in every process, within 1% and transfers", peak_memory),
         ("action loop against the bare model", f"at most {LOOP_OVERHEAD:.0%} slower", loop_overhead),
         (f"trace of {emulated}", "a file a stage, times in order", trace),
     ]
@@ -54,7 +55,7 @@ def tests_marked_gpu(bench: Bench) -> Measured:
     except ImportError:
         raise SkipCheck("pytest is not installed (pip install pytest pytest-timeout)") from None
     command = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider", "tests"]
-    log = bench.command("pytest", command, timeout_s=300)
+    log = bench.command("pytest", command, timeout_s=900)
     text = log.read_text(encoding="utf-8")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed)", text.splitlines()[-1])}
     if not counts.get("passed"):
@@ -114,7 +115,7 @@ def peak_memory(bench: Bench) -> Measured:
         bench.processes(f"host-{s}", s, sizes.linked_stages, sizes.compared, *HOST_LINK).last("memory")["process_peak_bytes"]
         for s in ("1f1b", "paci")
     )
-    return _memory(flush, paci)
+    return _memory(flush, paci, transfers_bytes(sizes, sizes.linked_stages))
 
 
 def loop_overhead(bench: Bench) -> Measured:
@@ -154,12 +155,27 @@ def _compared(left: Sequence[float], right: Sequence[float], tolerance: float) -
     return math.isfinite(worst) and worst <= tolerance, f"{len(left)} losses, the largest difference {worst:.2e}"
 
 
-def _memory(flush: Sequence[int], paci: Sequence[int]) -> Measured:
-    """Whether PACI holds what flush does, stage by stage or process by process."""
-    worst = max((mine / its - 1 for mine, its in zip(paci, flush, strict=True)), key=abs)
+def transfers_bytes(sizes: Sizes, num_stages: int) -> int:
+    """What PACI's transfers hold on a stage at most, and Megatron's, which wait for each, do not: in each of the two
+    directions the receives that are posted and the sends that are not known to be done, each as large as an activation.
+    """
+    tensors = 2 * (max_lead(num_stages) + 1 + sends_in_flight(num_stages))
+    element_bytes = 2 if sizes.bf16 else 4
+    return tensors * sizes.seq_length * sizes.micro_batch_size * sizes.hidden_size * element_bytes
+
+
+def _memory(flush: Sequence[int], paci: Sequence[int], transfers: int = 0) -> Measured:
+    """Whether PACI holds what flush does, stage by stage or process by process, up to ``transfers`` bytes more."""
+    differences = [mine - its for mine, its in zip(paci, flush, strict=True)]
+    holds = all(
+        -MEMORY_DIFFERENCE * its <= difference <= MEMORY_DIFFERENCE * its + transfers
+        for difference, its in zip(differences, flush, strict=True)
+    )
+    worst = max((difference / its for difference, its in zip(differences, flush, strict=True)), key=abs)
     shown = " ".join(f"{size / 2**20:.1f}" for size in paci)
-    text = f"{worst:+.2%} at most; PACI's in MiB: {shown}"
-    return Measured(abs(worst) <= MEMORY_DIFFERENCE, text, {"flush": list(flush), "paci": list(paci)})
+    more = f", of which transfers may hold {transfers / 2**20:.1f} MiB" if transfers else ""
+    text = f"{worst:+.2%} at most{more}; PACI's in MiB: {shown}"
+    return Measured(holds, text, {"flush": list(flush), "paci": list(paci), "transfers": transfers})
 
 
 def _paci_flags() -> set[str]:

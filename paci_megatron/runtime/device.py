@@ -154,6 +154,16 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def device_memory_bytes(device: torch.device) -> int | None:
+    """What is in use on ``device`` beside this process's PyTorch memory: the context, the communicators' buffers, and other
+    processes. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The most that this process's tensors have held on ``device``; None on a CPU, where nobody counts."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
