@@ -50,6 +50,11 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "forward's, from copies (PipeDream). double-buffer: all of a window meets the same version, the last but one, from "
         "one copy (PipeDream-2BW).",
     )
+    group.add_argument(
+        "--paci-strict",
+        action="store_true",
+        help="Refuse the command line where something in it would be switched off under paci.",
+    )
     _add_running_arguments(group)
     _add_safety_arguments(group)
     return parser

@@ -1,4 +1,4 @@
-"""PACI's settings, and every reason to refuse a command line before training starts."""
+"""PACI's settings, and the values that cannot work. Megatron's own flags are in flags.py."""
 
 from __future__ import annotations
 
@@ -16,182 +16,6 @@ LINKS = ("p2p", "host")
 
 class ConfigError(ValueError):
     """A command line that cannot work; the message names the value, the constraint and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A Megatron flag that PACI refuses: when, why, and what to do instead."""
-
-    flag: str
-    attribute: str
-    reason: str
-    remedy: str
-    is_set: Callable[[Any], bool] = bool
-
-    def message(self, value: Any) -> str:
-        """The error for a command line that has it."""
-        shown = "" if value is True else f" {value}"
-        return f"{self.flag}{shown} does not work with --pipeline-schedule paci: {self.reason}. {self.remedy}."
-
-
-def _unless(*allowed: Any) -> Callable[[Any], bool]:
-    return lambda value: value not in allowed
-
-
-_REMOVE = "Remove the flag, or use --pipeline-schedule 1f1b"
-_QUANTIZED = (
-    "scales and cached weights are tied to the forward's weight version, which an update in flight makes wrong",
-    "Train in bf16 (--bf16), or use --pipeline-schedule 1f1b",
-)
-_DUMPS = (
-    "it saves tensors of one flushed iteration, and under paci an iteration's forwards and backwards interleave with others"
-)
-_EVERY_STAGE = "it needs an agreement of all stages in every iteration, which would stop the pipeline each time"
-_SCALED = ("a dynamic loss scale needs an agreement of all stages in every update", "Use --bf16 instead")
-_VIRTUAL = (
-    "paci schedules one model chunk per stage",
-    "Remove the flag: without a bubble there is nothing to interleave for",
-)
-
-UNSUPPORTED: tuple[Unsupported, ...] = (
-    Unsupported("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage", *_VIRTUAL),
-    Unsupported("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank", *_VIRTUAL),
-    Unsupported("--fp16", "fp16", *_SCALED),
-    Unsupported("--loss-scale", "loss_scale", *_SCALED),
-    Unsupported("--fp8-format", "fp8", *_QUANTIZED),
-    Unsupported("--fp4-format", "fp4", *_QUANTIZED),
-    Unsupported(
-        "--mtp-num-layers", "mtp_num_layers", "multi-token prediction ties the first and last stage together", _REMOVE
-    ),
-    Unsupported(
-        "--overlap-param-gather",
-        "overlap_param_gather",
-        "the gather would start in the next forward, and backwards before it would read half-updated weights",
-        "Remove the flag: the distributed optimizer then gathers within its step",
-    ),
-    Unsupported(
-        "--cuda-graph-impl",
-        "cuda_graph_impl",
-        "captured graphs replay a fixed order of micro-batches",
-        "Use --cuda-graph-impl none",
-        _unless(None, "none"),
-    ),
-    Unsupported(
-        "--enable-cuda-graph", "enable_cuda_graph", "captured graphs replay a fixed order of micro-batches", _REMOVE
-    ),
-    Unsupported(
-        "--external-cuda-graph", "external_cuda_graph", "captured graphs replay a fixed order of micro-batches", _REMOVE
-    ),
-    Unsupported(
-        "--optimizer-cuda-graph", "optimizer_cuda_graph", "a captured step cannot be guarded for tensors in flight", _REMOVE
-    ),
-    Unsupported(
-        "--defer-embedding-wgrad-compute",
-        "defer_embedding_wgrad_compute",
-        "it moves work into the flush's bubble, and there is none",
-        "Remove the flag",
-    ),
-    Unsupported(
-        "--overlap-moe-expert-parallel-comm",
-        "overlap_moe_expert_parallel_comm",
-        "it replaces the forward and backward by Megatron's combined schedule",
-        _REMOVE,
-    ),
-    Unsupported("--delay-wgrad-compute", "delay_wgrad_compute", "the weight gradients would come after the update", _REMOVE),
-    Unsupported(
-        "--fine-grained-activation-offloading",
-        "fine_grained_activation_offloading",
-        "its buffers are reset at every flush",
-        "Use --recompute-granularity to save memory",
-    ),
-    Unsupported(
-        "--num-distributed-optimizer-instances",
-        "num_distributed_optimizer_instances",
-        "its gradient statistics use groups that span stages",
-        "Use one instance",
-        _unless(None, 1),
-    ),
-    Unsupported("--use-megatron-fsdp", "use_megatron_fsdp", "parameters are gathered and freed per flush", _REMOVE),
-    Unsupported("--use-torch-fsdp2", "use_torch_fsdp2", "parameters are gathered and freed per flush", _REMOVE),
-    Unsupported(
-        "--optimizer",
-        "optimizer",
-        "its step involves ranks of several stages",
-        "Use --optimizer adam or sgd",
-        _unless(None, "adam", "sgd"),
-    ),
-    Unsupported("--qk-clip", "qk_clip", "it changes weights that micro-batches in flight have yet to use", _REMOVE),
-    Unsupported("--log-max-attention-logit", "log_max_attention_logit", _EVERY_STAGE, _REMOVE),
-    Unsupported(
-        "--perform-rl-step", "perform_rl_step", "reinforcement learning needs a flushed pipeline in every step", _REMOVE
-    ),
-    Unsupported("--logits-load-dir", "logits_load_dir", "distillation is not tested under paci", _REMOVE),
-    Unsupported("--logits-save-dir", "logits_save_dir", "distillation is not tested under paci", _REMOVE),
-    Unsupported("--modelopt-enabled", "modelopt_enabled", "ModelOpt is not tested under paci", _REMOVE),
-    Unsupported("--vision-pretraining", "vision_pretraining", "paci is tested with language models only", _REMOVE),
-    Unsupported("--sft", "sft", "packed sequences reduce statistics over all stages in every iteration", _REMOVE),
-    Unsupported(
-        "--dataloader-inter-document-masking",
-        "dataloader_inter_document_masking",
-        "packed sequences reduce statistics over all stages in every iteration",
-        _REMOVE,
-    ),
-    Unsupported(
-        "--hybrid-context-parallel", "hybrid_context_parallel", "transfers have one shape, fixed before training", _REMOVE
-    ),
-    Unsupported("--adlr-autoresume", "adlr_autoresume", _EVERY_STAGE, _REMOVE),
-    Unsupported(
-        "--inprocess-restart", "inprocess_restart", "micro-batches in flight do not survive a restart in process", _REMOVE
-    ),
-    Unsupported(
-        "--exit-signal-handler-for-training",
-        "exit_signal_handler_for_training",
-        _EVERY_STAGE,
-        "Use --exit-interval, or --save-interval and resume from the last checkpoint",
-    ),
-    Unsupported("--save-params-interval", "save_params_interval", _DUMPS, _REMOVE),
-    Unsupported("--save-activations-interval", "save_activations_interval", _DUMPS, _REMOVE),
-    Unsupported("--save-tokens-per-expert-interval", "save_tokens_per_expert_interval", _DUMPS, _REMOVE),
-    Unsupported("--save-wgrads-interval", "save_wgrads_interval", _DUMPS, _REMOVE),
-    Unsupported("--save-dgrads-interval", "save_dgrads_interval", _DUMPS, _REMOVE),
-    Unsupported("--moe-routing-trace-path", "moe_routing_trace_path", _DUMPS, _REMOVE),
-    Unsupported("--moe-paged-stash", "moe_paged_stash", "its buffers are reset at every flush", _REMOVE),
-    Unsupported(
-        "--moe-expert-rank-capacity-factor",
-        "moe_expert_rank_capacity_factor",
-        "on overflow it repeats an iteration, which under paci others have already built on",
-        _REMOVE,
-    ),
-    Unsupported(
-        "--dsa-indexer-loss-coeff",
-        "dsa_indexer_loss_coeff",
-        "its metrics are reduced over all stages in every iteration",
-        _REMOVE,
-    ),
-)
-
-# Logs and checks that would stop the pipeline. They are switched off with a line in the log, since training is the same
-# without them: (argument, value under paci, flag as the user wrote it, why).
-OVERRIDES: tuple[tuple[str, Any, str, str], ...] = (
-    ("rerun_mode", "disabled", "--rerun-mode", "it keeps every batch and asks all ranks in every iteration"),
-    ("timing_log_level", 0, "--timing-log-level", "its timers hold a barrier over all ranks"),
-    ("log_params_norm", False, "--log-params-norm", "it sums over all stages in every iteration"),
-    ("log_num_zeros_in_grad", False, "--log-num-zeros-in-grad", "it sums over all stages in every update"),
-    ("log_energy", False, "--log-energy", "it gathers from all ranks"),
-    ("log_straggler", False, "--log-straggler", "it gathers from all ranks"),
-    (
-        "train_sync_interval",
-        None,
-        "--train-sync-interval",
-        "it waits for the device, and with it for transfers of other stages",
-    ),
-    (
-        "empty_unused_memory_level",
-        0,
-        "--empty-unused-memory-level",
-        "freeing memory waits for the device, and with it for transfers of other stages",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -251,6 +75,21 @@ NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ),
 )
 """Flag, argument, which values make sense (of NaN no comparison is true), and in words."""
+
+
+def together(*checks: Callable[[], list[str] | None]) -> list[str]:
+    """Run all checks; the lines that they return. One ``ConfigError`` with the messages of all that raise one."""
+    lines, errors = [], []
+    for check in checks:
+        try:
+            lines += check() or []
+        except ConfigError as error:
+            errors += str(error).split("\n")
+    if len(errors) > 1:
+        raise ConfigError("\n  ".join([f"{len(errors)} reasons:", *errors]))
+    if errors:
+        raise ConfigError(errors[0])
+    return lines
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -323,6 +162,8 @@ def check_host_link_on_gpu(args: argparse.Namespace) -> None:
 def check_emulation(args: argparse.Namespace) -> None:
     """``ConfigError`` unless ``--paci-emulate-stages`` fits the rest of the command line."""
     num_stages, pipeline, layers = args.paci_emulate_stages, args.pipeline_model_parallel_size, args.num_layers
+    if num_stages is None:
+        return
     if num_stages < 2:
         raise ConfigError(f"--paci-emulate-stages {num_stages}: a pipeline has at least 2 stages.")
     if pipeline != 1:
@@ -375,21 +216,3 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             f"versions are enough only with at least {needed} micro-batches per update. Raise --global-batch-size "
             f"to {needed * args.micro_batch_size * args.data_parallel_size}."
         )
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse the first flag of :data:`UNSUPPORTED` that is set, with a ``ConfigError``."""
-    for rule in UNSUPPORTED:
-        value = getattr(args, rule.attribute, None)
-        if rule.is_set(value):
-            raise ConfigError(rule.message(value))
-
-
-def apply_overrides(args: argparse.Namespace) -> list[str]:
-    """Switch off what would stop the pipeline; returns one line for each that was on."""
-    lines = []
-    for attribute, value, flag, why in OVERRIDES:
-        if getattr(args, attribute, value) != value:
-            setattr(args, attribute, value)
-            lines.append(f"{flag} is off under paci: {why}")
-    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
@@ -13,7 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import PaciConfig, apply_overrides, check_emulation, check_flags, check_options
+from paci_megatron.config import PaciConfig, check_emulation, check_options, together
+from paci_megatron.flags import adapt_flags
 from paci_megatron.platform import cpu, shared_gpu
 from paci_megatron.platform.without_te import adapt_to_installed, check_installed
 from paci_megatron.runtime.links import Transport
@@ -54,29 +56,28 @@ def wrap_validate_args(original: Function) -> Function:
 
     @functools.wraps(original)
     def validate_args(args: Any, defaults: Any = {}) -> Any:  # noqa: B006 - Megatron's signature
-        lines = cpu.adapt_arguments(args) if cpu.is_active() else []
+        runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
         if cpu.is_active():
-            print_first_rank(f"no CUDA device: running on the CPU over gloo ({', '.join(lines) or 'as given'})")
+            changed = ", ".join(cpu.adapt_arguments(args)) or "as given"
+            print_first_rank(f"no CUDA device: running on the CPU over gloo ({changed})")
         with exit_on_config_error():
-            check_installed(args)
-            check_options(args)
-            check_layers(args)
-            check_places(args)
-            check_load(args)
-            lines = shared_gpu.adapt_arguments(args)
+            lines = together(
+                lambda: adapt_flags(args) if runs_plans else [],
+                lambda: check_installed(args),
+                lambda: check_options(args),
+                lambda: check_layers(args),
+                lambda: check_emulation(args),
+                lambda: check_places(args),
+                lambda: check_load(args),
+                lambda: shared_gpu.adapt_arguments(args),
+            )
         for line in (*adapt_to_installed(args), *lines):
             print_first_rank(line)
-        if args.pipeline_schedule != "paci" and args.paci_emulate_stages is None:
+        if not runs_plans:
             return original(args, defaults)
         with exit_on_config_error():
-            check_flags(args)
-            for line in apply_overrides(args):
-                print_first_rank(line)
-            if args.paci_emulate_stages is None:
-                result = original(args, defaults)
-            else:
-                check_emulation(args)
-                result = _validated_as_processes(original, args, defaults)
+            validated = original if args.paci_emulate_stages is None else partial(_validated_as_processes, original)
+            result = validated(args, defaults)
             config = PaciConfig.from_args(args)
             transfer_timeout_s(args)
         if config.clip_mode == "none":

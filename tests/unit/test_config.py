@@ -11,16 +11,12 @@ import pytest
 from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import (
     NUMBERS,
-    OVERRIDES,
-    UNSUPPORTED,
     ConfigError,
     PaciConfig,
-    Unsupported,
-    apply_overrides,
     check_emulation,
-    check_flags,
     check_host_link_on_gpu,
     check_options,
+    together,
 )
 
 
@@ -59,46 +55,19 @@ def namespace(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**accepted, **changes})
 
 
-def refused_value(rule: Unsupported) -> Any:
-    """A value that a user may give the flag."""
-    values = {"optimizer": "muon", "cuda_graph_impl": "local", "fp8": "hybrid", "fp4": "e2m1", "loss_scale": 1024.0}
-    return values.get(
-        rule.attribute, 2 if rule.flag.endswith(("-instances", "-interval", "-layers", "-stage", "-rank", "-mins")) else True
-    )
-
-
 def test_an_ordinary_command_line_is_accepted() -> None:
-    check_flags(namespace())
     assert PaciConfig.from_args(namespace()) == PaciConfig(num_stages=4, clip_mode="none")
 
 
-@pytest.mark.parametrize("rule", UNSUPPORTED, ids=lambda rule: rule.flag)
-def test_each_unsupported_flag_is_refused_with_reason_and_remedy(rule: Unsupported) -> None:
-    value = refused_value(rule)
-    with pytest.raises(ConfigError) as caught:
-        check_flags(namespace(**{rule.attribute: value}))
-    message = str(caught.value)
-    assert message.startswith(rule.flag) and rule.reason in message and rule.remedy in message
-    assert value is True or str(value) in message
-    assert "\n" not in message
+def test_all_reasons_come_at_once() -> None:
+    def refuse(message: str) -> list[str]:
+        raise ConfigError(message)
 
-
-@pytest.mark.parametrize("rule", UNSUPPORTED, ids=lambda rule: rule.flag)
-def test_each_unsupported_flag_exists_in_megatron_and_is_off_by_default(rule: Unsupported, megatron_defaults: Any) -> None:
-    if rule.attribute == "modelopt_enabled":
-        return  # added by scripts that use ModelOpt
-    assert rule.flag in megatron_defaults.flags
-    assert not rule.is_set(getattr(megatron_defaults.values, rule.attribute))
-
-
-@pytest.mark.parametrize("override", OVERRIDES, ids=lambda override: override[2])
-def test_what_would_stop_the_pipeline_is_switched_off_with_a_line(override: Any, megatron_defaults: Any) -> None:
-    attribute, value, flag, _ = override
-    assert flag in megatron_defaults.flags
-    args = namespace(**{attribute: "something else"})
-    (line,) = apply_overrides(args)
-    assert flag in line and getattr(args, attribute) == value
-    assert apply_overrides(args) == []
+    assert together(lambda: ["one"], lambda: None, lambda: ["two"]) == ["one", "two"]
+    with pytest.raises(ConfigError, match=r"^--b 2: no$"):
+        together(lambda: ["one"], lambda: refuse("--b 2: no"))
+    with pytest.raises(ConfigError, match=r"^3 reasons:\n  --a: no\n  --b: no\n  --c: no$"):
+        together(lambda: refuse("--a: no\n--b: no"), lambda: [], lambda: refuse("--c: no"))
 
 
 @pytest.mark.parametrize(

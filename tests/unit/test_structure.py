@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"schedule", "simulate", "runtime", "usage"},
     "data": set(),
     "platform": {"config", "runtime"},
-    "plugin": {"arguments", "config", "data", "platform", "runtime", "schedule", "simulate", "telemetry"},
+    "plugin": {"arguments", "config", "flags", "data", "platform", "runtime", "schedule", "simulate", "telemetry"},
     "evaluate": {"config", "data", "platform", "plugin"},
     "cli": {
         "",
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "usage",
     },
     "arguments": {"config"},
+    "flags": {"config"},
     "config": {"schedule"},
     "usage": set(),
     "__main__": {"", "plugin"},

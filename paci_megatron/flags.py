@@ -1,0 +1,236 @@
+"""Megatron's flags that PACI refuses, and those that it switches off because training is the same without.
+
+Both tables are applied before Megatron validates its arguments, which derives others from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A flag that cannot be right, or is not supported: when, why, and what to do instead."""
+
+    flag: str
+    attribute: str
+    reason: str
+    remedy: str
+    is_set: Callable[[Any], bool] = bool
+
+    def message(self, value: Any) -> str:
+        """The error for a command line that has it."""
+        shown = "" if value is True else f" {value}"
+        return f"{self.flag}{shown} does not work with --pipeline-schedule paci: {self.reason}. {self.remedy}."
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchedOff:
+    """A flag without which training is the same: its value then, why it is off, and what that costs, if anything."""
+
+    flag: str
+    attribute: str
+    value: Any
+    reason: str
+    cost: str = ""
+
+    @property
+    def line(self) -> str:
+        """For the log, and for ``--paci-strict``'s error."""
+        return f"{self.flag} is off under paci: {self.reason}{'; ' if self.cost else ''}{self.cost}"
+
+
+def _unless(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in allowed
+
+
+_REMOVE = "Remove the flag, or use --pipeline-schedule 1f1b"
+_QUANTIZED = (
+    "scales and cached weights are tied to the forward's weight version, which an update in flight makes wrong",
+    "Train in bf16 (--bf16), or use --pipeline-schedule 1f1b",
+)
+_DUMPS = (
+    "it saves tensors of one flushed iteration, and under paci an iteration's forwards and backwards interleave with others"
+)
+_EVERY_STAGE = "it needs an agreement of all stages in every iteration, which would stop the pipeline each time"
+_SCALED = ("a dynamic loss scale needs an agreement of all stages in every update", "Use --bf16 instead")
+REFUSED: tuple[Refused, ...] = (
+    Refused("--fp16", "fp16", *_SCALED),
+    Refused("--loss-scale", "loss_scale", *_SCALED),
+    Refused("--fp8-format", "fp8", *_QUANTIZED),
+    Refused("--fp4-format", "fp4", *_QUANTIZED),
+    Refused("--mtp-num-layers", "mtp_num_layers", "multi-token prediction ties the first and last stage together", _REMOVE),
+    Refused(
+        "--fine-grained-activation-offloading",
+        "fine_grained_activation_offloading",
+        "its buffers are reset at every flush",
+        "Use --recompute-granularity to save memory",
+    ),
+    Refused(
+        "--num-distributed-optimizer-instances",
+        "num_distributed_optimizer_instances",
+        "its gradient statistics use groups that span stages",
+        "Use one instance",
+        _unless(None, 1),
+    ),
+    Refused("--use-megatron-fsdp", "use_megatron_fsdp", "parameters are gathered and freed per flush", _REMOVE),
+    Refused("--use-torch-fsdp2", "use_torch_fsdp2", "parameters are gathered and freed per flush", _REMOVE),
+    Refused(
+        "--optimizer",
+        "optimizer",
+        "its step involves ranks of several stages",
+        "Use --optimizer adam or sgd",
+        _unless(None, "adam", "sgd"),
+    ),
+    Refused("--qk-clip", "qk_clip", "it changes weights that micro-batches in flight have yet to use", _REMOVE),
+    Refused(
+        "--perform-rl-step", "perform_rl_step", "reinforcement learning needs a flushed pipeline in every step", _REMOVE
+    ),
+    Refused("--logits-load-dir", "logits_load_dir", "distillation is not tested under paci", _REMOVE),
+    Refused("--logits-save-dir", "logits_save_dir", "distillation is not tested under paci", _REMOVE),
+    Refused("--modelopt-enabled", "modelopt_enabled", "ModelOpt is not tested under paci", _REMOVE),
+    Refused("--vision-pretraining", "vision_pretraining", "paci is tested with language models only", _REMOVE),
+    Refused("--sft", "sft", "packed sequences reduce statistics over all stages in every iteration", _REMOVE),
+    Refused(
+        "--dataloader-inter-document-masking",
+        "dataloader_inter_document_masking",
+        "packed sequences reduce statistics over all stages in every iteration",
+        _REMOVE,
+    ),
+    Refused(
+        "--hybrid-context-parallel", "hybrid_context_parallel", "transfers have one shape, fixed before training", _REMOVE
+    ),
+    Refused("--adlr-autoresume", "adlr_autoresume", _EVERY_STAGE, _REMOVE),
+    Refused(
+        "--inprocess-restart", "inprocess_restart", "micro-batches in flight do not survive a restart in process", _REMOVE
+    ),
+    Refused(
+        "--exit-signal-handler-for-training",
+        "exit_signal_handler_for_training",
+        _EVERY_STAGE,
+        "Use --exit-interval, or --save-interval and resume from the last checkpoint",
+    ),
+    Refused("--save-params-interval", "save_params_interval", _DUMPS, _REMOVE),
+    Refused("--save-activations-interval", "save_activations_interval", _DUMPS, _REMOVE),
+    Refused("--save-tokens-per-expert-interval", "save_tokens_per_expert_interval", _DUMPS, _REMOVE),
+    Refused("--save-wgrads-interval", "save_wgrads_interval", _DUMPS, _REMOVE),
+    Refused("--save-dgrads-interval", "save_dgrads_interval", _DUMPS, _REMOVE),
+    Refused("--moe-routing-trace-path", "moe_routing_trace_path", _DUMPS, _REMOVE),
+    Refused("--moe-paged-stash", "moe_paged_stash", "its buffers are reset at every flush", _REMOVE),
+    Refused(
+        "--moe-expert-rank-capacity-factor",
+        "moe_expert_rank_capacity_factor",
+        "on overflow it repeats an iteration, which under paci others have already built on",
+        _REMOVE,
+    ),
+    Refused(
+        "--dsa-indexer-loss-coeff",
+        "dsa_indexer_loss_coeff",
+        "its metrics are reduced over all stages in every iteration",
+        _REMOVE,
+    ),
+)
+
+_CHUNKS = ("there is no bubble to fill with smaller chunks, so each stage holds one contiguous chunk",)
+_GRAPHS = ("captured graphs replay a fixed order of micro-batches", "kernels are launched one by one")
+_GATHER = (
+    "a backward between an update and the next forward would read half-gathered weights",
+    "the distributed optimizer gathers them within its step",
+)
+_COLLECTIVE = "it sums over all stages in every iteration"
+_DEVICE = "it waits for the device, and with it for other stages' transfers"
+
+SWITCHED_OFF: tuple[SwitchedOff, ...] = (
+    SwitchedOff("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage", None, *_CHUNKS),
+    SwitchedOff("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank", None, *_CHUNKS),
+    SwitchedOff(
+        *("--microbatch-group-size-per-virtual-pipeline-stage", "microbatch_group_size_per_vp_stage", None, *_CHUNKS)
+    ),
+    SwitchedOff(
+        *("--overlap-p2p-communication-warmup-flush", "overlap_p2p_comm_warmup_flush", False),
+        "no transfer between stages is waited for anyway",
+    ),
+    SwitchedOff("--overlap-param-gather-with-optimizer-step", "overlap_param_gather_with_optimizer_step", False, *_GATHER),
+    SwitchedOff("--overlap-param-gather", "overlap_param_gather", False, *_GATHER),
+    SwitchedOff(
+        *("--defer-embedding-wgrad-compute", "defer_embedding_wgrad_compute", False),
+        "it moves work into the flush's bubble, and there is none",
+    ),
+    SwitchedOff(
+        *("--overlap-moe-expert-parallel-comm", "overlap_moe_expert_parallel_comm", False),
+        "it runs one micro-batch's forward together with another's backward, in an order of Megatron's own",
+        "expert-parallel transfers are waited for",
+    ),
+    SwitchedOff(
+        *("--delay-wgrad-compute", "delay_wgrad_compute", False),
+        "it belongs to --overlap-moe-expert-parallel-comm, and weight gradients would come after the update",
+    ),
+    SwitchedOff("--cuda-graph-impl", "cuda_graph_impl", "none", *_GRAPHS),
+    SwitchedOff("--enable-cuda-graph", "enable_cuda_graph", False, *_GRAPHS),
+    SwitchedOff("--external-cuda-graph", "external_cuda_graph", False, *_GRAPHS),
+    SwitchedOff("--cuda-graph-modules", "cuda_graph_modules", [], *_GRAPHS),
+    SwitchedOff("--cuda-graph-scope", "cuda_graph_scope_deprecated", None, *_GRAPHS),
+    SwitchedOff(
+        *("--optimizer-cuda-graph", "optimizer_cuda_graph", False),
+        "a captured step cannot be guarded for tensors in flight",
+        "its kernels are launched one by one",
+    ),
+    SwitchedOff("--rerun-mode", "rerun_mode", "disabled", "it keeps every batch and asks all ranks in every iteration"),
+    SwitchedOff("--timing-log-level", "timing_log_level", 0, "its timers hold a barrier over all ranks"),
+    SwitchedOff("--log-params-norm", "log_params_norm", False, _COLLECTIVE),
+    SwitchedOff("--log-num-zeros-in-grad", "log_num_zeros_in_grad", False, _COLLECTIVE),
+    SwitchedOff("--log-max-attention-logit", "log_max_attention_logit", False, _COLLECTIVE),
+    SwitchedOff("--log-energy", "log_energy", False, "it gathers from all ranks"),
+    SwitchedOff("--log-straggler", "log_straggler", False, "it gathers from all ranks"),
+    SwitchedOff("--train-sync-interval", "train_sync_interval", None, _DEVICE),
+    SwitchedOff("--empty-unused-memory-level", "empty_unused_memory_level", 0, _DEVICE),
+)
+
+
+def adapt_flags(args: argparse.Namespace) -> list[str]:
+    """Switch off what is to be off under PACI; returns a line for each.
+
+    ``ConfigError`` with every reason at once for flags that are refused, and with ``--paci-strict`` for those that would be
+    switched off.
+    """
+    errors = [rule.message(value) for rule in REFUSED if rule.is_set(value := getattr(args, rule.attribute, None))]
+    lines = []
+    for rule in SWITCHED_OFF:
+        if getattr(args, rule.attribute, rule.value) not in (rule.value, None):
+            setattr(args, rule.attribute, rule.value)
+            lines.append(rule.line)
+    collapsed = one_chunk_a_stage(args)
+    if collapsed is not None:
+        lines.append(collapsed)
+    if args.paci_strict:
+        errors += [f"--paci-strict: {line}. Remove the flag, or --paci-strict." for line in lines]
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return lines
+
+
+def one_chunk_a_stage(args: argparse.Namespace) -> str | None:
+    """Make a ``--pipeline-model-parallel-layout`` of several chunks a stage one of one; returns the line that says so.
+
+    Each stage keeps the number of layers that it had in all its chunks, and the model's layers keep their order.
+    """
+    text, num_stages = args.pipeline_model_parallel_layout, args.paci_emulate_stages or args.pipeline_model_parallel_size
+    if text is None:
+        return None
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    chunks = PipelineParallelLayerLayout.parse_str_to_list(text)
+    if len(chunks) <= num_stages or len(chunks) % num_stages:
+        return None
+    counts = [sum(chunk.count(LayerType.decoder) for chunk in chunks[stage::num_stages]) for stage in range(num_stages)]
+    mtp = sum(chunk.count(LayerType.mtp) for chunk in chunks)
+    stages = ["t" * count for count in counts]
+    args.pipeline_model_parallel_layout = f"E{'|'.join(stages)}{'m' * mtp}L"
+    shown = "|".join([f"Et*{counts[0]}", *(f"t*{count}" for count in counts[1:])]) + "m" * mtp + "L"
+    return f"--pipeline-model-parallel-layout has one chunk a stage under paci: {shown}; {_CHUNKS[0].partition(',')[0]}"

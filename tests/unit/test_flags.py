@@ -1,0 +1,91 @@
+"""Megatron's flags under PACI: refused with a reason, or switched off with a line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from paci_megatron.config import ConfigError
+from paci_megatron.flags import REFUSED, SWITCHED_OFF, Refused, SwitchedOff, adapt_flags
+
+
+def namespace(**changes: Any) -> argparse.Namespace:
+    values = {
+        "optimizer": "adam",
+        "paci_strict": False,
+        "pipeline_model_parallel_layout": None,
+        "pipeline_model_parallel_size": 4,
+        "paci_emulate_stages": None,
+    }
+    return argparse.Namespace(**{**values, **changes})
+
+
+def refused_value(rule: Refused) -> Any:
+    """A value that a user may give the flag."""
+    values = {"optimizer": "muon", "fp8": "hybrid", "fp4": "e2m1", "loss_scale": 1024.0}
+    number = rule.flag.endswith(("-instances", "-interval", "-layers", "-stage", "-rank", "-mins"))
+    return values.get(rule.attribute, 2 if number else True)
+
+
+def test_an_ordinary_command_line_has_nothing_refused_or_switched_off(megatron_defaults: Any) -> None:
+    assert adapt_flags(namespace()) == []
+    # Megatron's default that asks all ranks in every iteration.
+    (line,) = adapt_flags(argparse.Namespace(**{**vars(megatron_defaults.values), **vars(namespace())}))
+    assert line.startswith("--rerun-mode is off under paci: ")
+
+
+@pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.flag)
+def test_each_refused_flag_is_refused_with_reason_and_remedy(rule: Refused) -> None:
+    value = refused_value(rule)
+    with pytest.raises(ConfigError) as caught:
+        adapt_flags(namespace(**{rule.attribute: value}))
+    message = str(caught.value)
+    assert message.startswith(rule.flag) and rule.reason in message and rule.remedy in message
+    assert value is True or str(value) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.flag)
+def test_each_refused_flag_exists_in_megatron_and_is_off_by_default(rule: Refused, megatron_defaults: Any) -> None:
+    if rule.attribute == "modelopt_enabled":
+        return  # added by scripts that use ModelOpt
+    assert rule.flag in megatron_defaults.flags
+    assert not rule.is_set(getattr(megatron_defaults.values, rule.attribute))
+
+
+def test_all_refusals_come_at_once() -> None:
+    first, second = REFUSED[0], REFUSED[1]
+    with pytest.raises(ConfigError) as caught:
+        adapt_flags(namespace(**{rule.attribute: refused_value(rule) for rule in (first, second)}))
+    assert [line.split()[0] for line in str(caught.value).splitlines()] == [first.flag, second.flag]
+
+
+@pytest.mark.parametrize("rule", SWITCHED_OFF, ids=lambda rule: rule.flag)
+def test_what_is_not_needed_is_switched_off_with_a_line_or_refused_if_asked_for_strictly(
+    rule: SwitchedOff, megatron_defaults: Any
+) -> None:
+    assert rule.flag in megatron_defaults.flags
+    args = namespace(**{rule.attribute: "something else"})
+    assert adapt_flags(args) == [rule.line]
+    assert rule.line.startswith(f"{rule.flag} is off under paci: ") and getattr(args, rule.attribute) == rule.value
+    assert adapt_flags(args) == []
+    with pytest.raises(ConfigError, match=rf"^--paci-strict: {rule.flag} is off under paci"):
+        adapt_flags(namespace(**{rule.attribute: "something else", "paci_strict": True}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected", "shown"),
+    [
+        ("E|t|t|t|t|t|t|tL", "Et|tt|tt|ttL", "Et*1|t*2|t*2|t*2L"),
+        ("Ettt|(tt|)*6,L", "Ettttt|tttt|tttt|ttL", "Et*5|t*4|t*4|t*2L"),
+        ("Et*3|(tt|)*29,m|L", "E" + "|".join(["t" * 17, "t" * 16, "t" * 14, "t" * 14]) + "mL", None),
+    ],
+)
+def test_a_layout_of_several_chunks_a_stage_becomes_one_of_one(layout: str, expected: str, shown: str | None) -> None:
+    args = namespace(pipeline_model_parallel_layout=layout)
+    (line,) = adapt_flags(args)
+    assert args.pipeline_model_parallel_layout == expected
+    assert shown is None or shown in line
+    assert adapt_flags(args) == [], "one chunk a stage already"
