@@ -136,7 +136,8 @@ REFUSED: tuple[Refused, ...] = (
     ),
 )
 
-_CHUNKS = ("there is no bubble to fill with smaller chunks, so each stage holds one contiguous chunk",)
+_NO_BUBBLE = "there is no bubble to fill with smaller chunks"
+_CHUNKS = (f"{_NO_BUBBLE}, so each stage holds one contiguous chunk",)
 _GRAPHS = ("captured graphs replay a fixed order of micro-batches", "kernels are launched one by one")
 _GATHER = (
     "a backward between an update and the next forward would read half-gathered weights",
@@ -204,9 +205,7 @@ def adapt_flags(args: argparse.Namespace) -> list[str]:
         if getattr(args, rule.attribute, rule.value) not in (rule.value, None):
             setattr(args, rule.attribute, rule.value)
             lines.append(rule.line)
-    collapsed = one_chunk_a_stage(args)
-    if collapsed is not None:
-        lines.append(collapsed)
+    lines += one_chunk_a_stage(args)
     if args.paci_strict:
         errors += [f"--paci-strict: {line}. Remove the flag, or --paci-strict." for line in lines]
     if errors:
@@ -214,23 +213,33 @@ def adapt_flags(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def one_chunk_a_stage(args: argparse.Namespace) -> str | None:
-    """Make a ``--pipeline-model-parallel-layout`` of several chunks a stage one of one; returns the line that says so.
+def one_chunk_a_stage(args: argparse.Namespace) -> list[str]:
+    """Make a ``--pipeline-model-parallel-layout`` or ``--hybrid-layer-pattern`` of several chunks a stage one of one; the
+    line that says so.
 
-    Each stage keeps the number of layers that it had in all its chunks, and the model's layers keep their order.
+    In a layout each stage keeps the number of layers that it had in all its chunks, in a pattern the number of chunks; the
+    model's layers keep their order.
     """
-    text, num_stages = args.pipeline_model_parallel_layout, args.paci_emulate_stages or args.pipeline_model_parallel_size
+    num_stages = args.paci_emulate_stages or args.pipeline_model_parallel_size
+    pattern, separator, mtp_pattern = (getattr(args, "hybrid_layer_pattern", None) or "").partition("/")
+    chunks_a_stage, rest = divmod(pattern.count("|") + 1, num_stages)
+    if chunks_a_stage > 1 and not rest:
+        parts = pattern.split("|")
+        stages = ["".join(parts[i : i + chunks_a_stage]) for i in range(0, len(parts), chunks_a_stage)]
+        args.hybrid_layer_pattern = "|".join(stages) + separator + mtp_pattern
+        return [f"--hybrid-layer-pattern has one chunk a stage under paci: {args.hybrid_layer_pattern}; {_NO_BUBBLE}"]
+    text = args.pipeline_model_parallel_layout
     if text is None:
-        return None
+        return []
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     chunks = PipelineParallelLayerLayout.parse_str_to_list(text)
     if len(chunks) <= num_stages or len(chunks) % num_stages:
-        return None
+        return []
     counts = [sum(chunk.count(LayerType.decoder) for chunk in chunks[stage::num_stages]) for stage in range(num_stages)]
     mtp = sum(chunk.count(LayerType.mtp) for chunk in chunks)
     stages = ["t" * count for count in counts]
     args.pipeline_model_parallel_layout = f"E{'|'.join(stages)}{'m' * mtp}L"
     shown = "|".join([f"Et*{counts[0]}", *(f"t*{count}" for count in counts[1:])]) + "m" * mtp + "L"
-    return f"--pipeline-model-parallel-layout has one chunk a stage under paci: {shown}; {_CHUNKS[0].partition(',')[0]}"
+    return [f"--pipeline-model-parallel-layout has one chunk a stage under paci: {shown}; {_NO_BUBBLE}"]

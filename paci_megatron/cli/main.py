@@ -21,6 +21,7 @@ class Command(NamedTuple):
 # A module is imported when its command is run: importing Megatron takes seconds.
 COMMANDS = {
     "Before training": {
+        "check": Command("check", "whether a training command would be accepted, and what PACI would do and switch off"),
         "plan": Command("plan", "simulate PACI and other schedules: speed, memory, drift; draw and balance a trace"),
     },
 }

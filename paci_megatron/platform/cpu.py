@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 
 _saved: list[tuple[Any, str, Any]] = []
 _active = False
+_poses = False  # as a GPU, see assumed.py
 _warning_filters: list[Any] = []
 _random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
@@ -37,8 +38,16 @@ def _is_no_generator_warning(record: logging.LogRecord) -> bool:
 
 
 def is_active() -> bool:
-    """Whether the stand-ins are in place."""
-    return _active
+    """Whether the stand-ins are in place, and do not pose as a GPU."""
+    return _active and not _poses
+
+
+def pose_as_gpu(capability: tuple[int, int]) -> None:
+    """Let the stand-ins, which must be in place, say that there is a GPU of this compute capability."""
+    global _poses
+    _poses = True
+    torch.cuda.get_device_capability = lambda device=None: capability
+    _DeviceProperties.major, _DeviceProperties.minor = capability
 
 
 def activate() -> bool:

@@ -67,8 +67,6 @@ def wrap_validate_args(original: Function) -> Function:
                 lambda: check_options(args),
                 lambda: check_layers(args),
                 lambda: check_emulation(args),
-                lambda: check_places(args),
-                lambda: check_load(args),
                 lambda: shared_gpu.adapt_arguments(args),
             )
         for line in (*adapt_to_installed(args), *lines):
@@ -98,13 +96,17 @@ def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any
 
 
 def wrap_initialize_megatron(original: Function) -> Function:
-    """Emulated stages share a process, so for process groups the pipeline size is 1; and a CPU is allowed."""
+    """Looks at the run's files first. Emulated stages share a process, so for process groups the pipeline size is 1; and a
+    CPU is allowed.
+    """
 
     @functools.wraps(original)
     def initialize_megatron(*positional: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
+        with exit_on_config_error():  # of this machine's files, so that a command line can be checked elsewhere
+            together(lambda: check_places(args), lambda: check_load(args))
         if cpu.is_active():
             named["allow_no_cuda"] = True
         if named.get("store") is None:

@@ -124,8 +124,6 @@ def test_the_installed_megatron_accepts_every_arm(arm: Arm, checked: tuple[int, 
     assert verdict.startswith(f"ok: schedule {arm.schedule}, 8 stages of 3 3 3 3 4 4 4 0 layers, "), verdict
     size = arm.global_batch // arm.microbatches
     assert f"{arm.microbatches} micro-batches of {size} sequences per update" in verdict
-    drift = re.search(r"drift of at most (\d+)", verdict)
-    assert drift is None if arm.schedule == "1f1b" else drift and int(drift[1]) == math.ceil(7 / arm.microbatches)
     assert f"{PAPER_TOKENS:.3g} tokens" in verdict
 
 
@@ -200,7 +198,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(tmp_path: Path, command
     assert done.returncode == 0, done.stderr
     first, verdict, *notes = done.stdout.splitlines()
     assert shlex.split(first) == [word.replace("/data/run", str(output)) for word in commands[PACI]]
-    assert verdict.startswith("ok: schedule paci") and all(note.startswith("  paci-megatron: ") for note in notes)
+    assert verdict.startswith("ok: schedule paci") and all(note.startswith("  ") for note in notes)
     assert not output.exists()
 
 

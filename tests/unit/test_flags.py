@@ -89,3 +89,10 @@ def test_a_layout_of_several_chunks_a_stage_becomes_one_of_one(layout: str, expe
     assert args.pipeline_model_parallel_layout == expected
     assert shown is None or shown in line
     assert adapt_flags(args) == [], "one chunk a stage already"
+
+
+def test_a_hybrid_pattern_of_several_chunks_a_stage_becomes_one_of_one() -> None:
+    args = namespace(hybrid_layer_pattern="M-M|M*|M-|MM|-|M|*|M/M", pipeline_model_parallel_size=4)
+    (line,) = adapt_flags(args)
+    assert args.hybrid_layer_pattern == "M-MM*|M-MM|-M|*M/M" and args.hybrid_layer_pattern in line
+    assert adapt_flags(args) == []

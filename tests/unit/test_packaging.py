@@ -98,7 +98,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Linked one by one: an editable installation of this project must not come along.
     for library in libraries:
         for entry in library.iterdir() if library.is_dir() else ():
-            if entry.suffix != ".pth" and not entry.name.lower().startswith(("paci", "__editable__", "_distutils")):
+            if entry.suffix != ".pth" and not entry.name.lower().startswith(("paci", "__editable__")):
                 with contextlib.suppress(FileExistsError):
                     (site / entry.name).symlink_to(entry)
     return environment
@@ -113,6 +113,7 @@ def run_elsewhere(environment: Path, folder: Path, program: str, *arguments: str
 
 # What each command does for someone who has only the wheel: arguments, exit status, and a part of what it answers.
 ANSWERS = {
+    "check": ("python train.py", 2, "not a torchrun command"),
     "plan": ("--num-stages 2 --microbatches-per-update 2 --stage-ms 1:2", 0, "2 stages, 2 micro-batches per update"),
 }
 COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]
