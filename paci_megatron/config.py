@@ -188,9 +188,16 @@ def _check_layout(args: argparse.Namespace) -> None:
     text = args.pipeline_model_parallel_layout
     if text is None:
         return
+    from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    for stage, layers in enumerate(PipelineParallelLayerLayout.parse_str_to_list(text)):
+    stages = PipelineParallelLayerLayout.parse_str_to_list(text)
+    if any(LayerType.mtp in layers for layers in stages[:-1]):
+        raise ConfigError(
+            f"--pipeline-model-parallel-layout {text} has multi-token prediction (m) before the last stage: the embedding "
+            "would be on three stages, and paci keeps two the same. Put m on the last stage."
+        )
+    for stage, layers in enumerate(stages):
         if not layers:
             raise ConfigError(
                 f"--pipeline-model-parallel-layout {text} leaves stage {stage} empty: it would only pass tensors "

@@ -64,7 +64,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused("--loss-scale", "loss_scale", *_SCALED),
     Refused("--fp8-format", "fp8", *_QUANTIZED),
     Refused("--fp4-format", "fp4", *_QUANTIZED),
-    Refused("--mtp-num-layers", "mtp_num_layers", "multi-token prediction ties the first and last stage together", _REMOVE),
     Refused(
         "--fine-grained-activation-offloading",
         "fine_grained_activation_offloading",

@@ -63,7 +63,9 @@ class Stage:
         self.last_total = Record()  # of all stages, of the last update before a drain
         self.saved: SavedActivations | None = None  # counts what forwards leave for backwards, while it is wanted
         # The model decides, not the flag: a script may build an untied one of its own.
-        self.ties_embeddings: bool = getattr(unwrap_model(model), "share_embeddings_and_output_weights", False)
+        shares = getattr(unwrap_model(model), "share_embeddings_and_output_weights", False)
+        # Multi-token prediction has a copy of the embedding on the last stage.
+        self.ties_embeddings = bool(shares or self.model_config.mtp_num_layers)
         self._finalize_groups = copy.copy(groups)
         self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
 

@@ -28,6 +28,11 @@ TENSOR = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by",
 OVERLAPPED = [*DISTRIBUTED_OPTIMIZER, "--overlap-grad-reduce", "--ddp-bucket-size", "4000"]
 
 
+MULTI_TOKEN = (
+    *("--mtp-num-layers", "1", "--pipeline-model-parallel-layout", "Ettt|tmL", "--position-embedding-type", "rope"),
+)
+
+
 @dataclass(frozen=True)
 class Model:
     """A setting that changes the model, its stages or how they compute, but not what a rank holds of a stage."""
@@ -35,10 +40,13 @@ class Model:
     name: str
     flags: tuple[str, ...]
     num_stages: int = 2
+    ties: bool = False  # the embedding and the output weights
 
     def argv(self, corpus: str, *more: str) -> list[str]:
         """A run of 2 micro-batches per update."""
         argv = arguments(corpus, self.num_stages, 2, *self.flags, *more)
+        if self.ties:
+            argv.remove("--untie-embeddings-and-output-weights")
         return without(argv, "--global-batch-size") if "--step-batch-size-schedule" in self.flags else argv
 
 
@@ -50,6 +58,8 @@ MODELS = [
     Model("batch-size-schedule", tuple(BATCH_SIZES)),
     Model("layout", ("--pipeline-model-parallel-layout", "Ettt|tL")),
     Model("experts", tuple(EXPERTS)),
+    Model("multi-token-prediction", MULTI_TOKEN),
+    Model("multi-token-prediction-tied", MULTI_TOKEN, ties=True),
     Model(
         "embedding-and-loss-as-layers",
         (

@@ -178,7 +178,13 @@ def _pretrain(script: Any) -> None:
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     script.datasets_provider.is_distributed = True
-    pretrain(config, script.datasets_provider, ModelType.encoder_or_decoder, script.forward_step)
+    pretrain(
+        config,
+        script.datasets_provider,
+        ModelType.encoder_or_decoder,
+        script.forward_step,
+        get_embedding_ranks=script.embedding_ranks,
+    )
 
 
 def _forget_run() -> None:

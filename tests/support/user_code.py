@@ -21,15 +21,16 @@ def data_at_every_stage() -> Iterator[None]:
 
     forward_step, init = script.forward_step, BlendedMegatronDatasetBuilder.__init__
 
-    def reading_forward_step(data_iterator: Any, model: Any) -> Any:
+    def reading_forward_step(data_iterator: Any, model: Any, *others: Any) -> Any:
         if not parallel_state.is_pipeline_first_stage() and not parallel_state.is_pipeline_last_stage():
             next(data_iterator)
-        return forward_step(data_iterator, model)
+        return forward_step(data_iterator, model, *others)
 
     def built_everywhere(self: Any, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any) -> None:
         init(self, cls, sizes, lambda: True, config)
 
-    script.forward_step, BlendedMegatronDatasetBuilder.__init__ = reading_forward_step, built_everywhere
+    script.forward_step = reading_forward_step  # type: ignore[assignment]
+    BlendedMegatronDatasetBuilder.__init__ = built_everywhere
     try:
         yield
     finally:
