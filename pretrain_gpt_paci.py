@@ -248,7 +248,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron.training.datasets.fim_dataset import GPTFIMDataset
     from megatron.training.datasets.sft_dataset import SFTDataset
 
+    from paci_megatron.data.training_data import check_token_ids
+    from paci_megatron.plugin.inputs import exit_on_config_error
+
     args = get_args()
+    with exit_on_config_error():
+        check_token_ids(args)
 
     def is_built_here() -> bool:
         return parallel_state.get_tensor_model_parallel_rank() == 0 and (args.sft or reads_batches(vp_stage))
@@ -290,11 +295,12 @@ def run() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from paci_megatron.plugin.inputs import check_inputs, exit_on_config_error
+    from paci_megatron.data.training_data import check_training_files
+    from paci_megatron.plugin.inputs import exit_on_config_error
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     with exit_on_config_error():
-        check_inputs(parse_args())
+        check_training_files(parse_args())
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))

@@ -16,6 +16,7 @@ from paci_megatron.data import DataError
 from paci_megatron.data.corpus import SPLIT_DOCUMENTS, CorpusOptions, Document
 from paci_megatron.data.preprocess import PreprocessOptions, preprocess
 from paci_megatron.data.tokenizers import TOKENIZER_TYPES, TRAINING_SAMPLE_BYTES, TokenizerOptions
+from paci_megatron.data.training_data import split_flags
 
 DESCRIPTION = "Turns text into Megatron's .bin/.idx. Same options, same bytes, with any number of workers."
 
@@ -147,14 +148,10 @@ def _report(stats: dict[str, Any], prefix: str) -> None:
     for name, counts in stats["splits"].items():
         numbers = ", ".join(f"{value:,} {key.removeprefix('num_')}" for key, value in counts.items())
         print(f"{prefix}_{name}_document: {numbers}")
-    data = ["--data-path", f"{prefix}_text_document"]
-    if "text" not in stats["splits"]:
-        data = [
-            "--train-data-path",
-            f"{prefix}_train_document",
-            "--valid-data-path",
-            f"{prefix}_valid_document",
-        ]
+    if "text" in stats["splits"]:
+        data = ["--data-path", f"{prefix}_text_document", *split_flags(stats["splits"]["text"]["num_documents"])]
+    else:
+        data = ["--train-data-path", f"{prefix}_train_document", "--valid-data-path", f"{prefix}_valid_document"]
     print(f"train with: {shlex.join(stats['tokenizer_flags'] + data)}")
 
 

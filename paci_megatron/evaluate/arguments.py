@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from paci_megatron.config import ConfigError
-from paci_megatron.plugin.inputs import check_inputs
+from paci_megatron.data.indexed import open_index
+from paci_megatron.data.training_data import check_tokenizer_files
 
 from .checkpoint_args import adopt, check_checkpoint
 
 MICRO_BATCH_SIZE = 4
-
-_TOKENIZER_FILES = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
 def evaluation_arguments(
@@ -40,9 +39,10 @@ def evaluation_arguments(
     args.finetune = args.no_load_optim = args.no_load_rng = args.skip_train = True
     args.rerun_mode = "disabled"
     _check_model(args)
-    named = {name: getattr(args, name) for name in _TOKENIZER_FILES if needs_tokenizer}
-    data = {"data_path": prefixes, "data_args_path": None, "per_split_data_args_path": None, "mock_data": not prefixes}
-    check_inputs(argparse.Namespace(**named, **data))
+    if needs_tokenizer:
+        check_tokenizer_files(args)
+    for prefix in prefixes:
+        open_index(prefix)
     validate_args(args)
     return args, iteration
 

@@ -20,6 +20,7 @@ import torch
 from paci_megatron.config import ConfigError
 from paci_megatron.data import DataError
 from paci_megatron.data.tokenizers import GPT2_BPE, HUGGING_FACE, TOKENIZER_TYPES, TokenizerOptions, gpt2_files
+from paci_megatron.data.training_data import check_ids_of
 from paci_megatron.evaluate import corpus, lambada, report
 from paci_megatron.evaluate.corpus import TextOptions
 from paci_megatron.evaluate.scoring import Settings, score
@@ -164,11 +165,7 @@ def _read(options: EvaluationOptions, args: argparse.Namespace) -> Material:
         counts = (read.num_tokens, read.num_documents, read.num_words, read.num_bytes)
         material = Material(read.streams, windows, *counts)
     largest = max(int(stream.max()) for stream in material.streams)
-    if args.padded_vocab_size is not None and largest >= args.padded_vocab_size:
-        raise DataError(
-            f"--input {' '.join(text.inputs)}: token id {largest} is outside the model's vocabulary of "
-            f"{args.padded_vocab_size}; use the tokenizer that the model was trained with"
-        )
+    check_ids_of(f"--input {' '.join(text.inputs)}", largest, args)
     return material
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import itertools
@@ -22,6 +23,7 @@ import pytest
 from paci_megatron.data import DataError, corpus, encoding, preprocess, tokenizers
 from paci_megatron.data.corpus import CorpusOptions, Document, find_sources, iter_documents
 from paci_megatron.data.staging import Staging
+from paci_megatron.data.training_data import check_training_files
 from tools import preprocess_data
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +125,25 @@ def test_reports_the_counts_and_the_training_flags(
         f"--train-data-path {prefix}_train_document --valid-data-path {prefix}_valid_document"
     )
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "expected"),
+    [(1, "1,0,0 --eval-iters 0"), (2, "1,1,0"), (16, "15,1,0"), (60, "969,30,0"), (600, "969,30,1")],
+)
+def test_prints_a_split_that_training_accepts(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], num_documents: int, expected: str
+) -> None:
+    path = write_jsonl(tmp_path / "corpus.jsonl", ["two words"] * num_documents)
+    assert run("--input", path, "--output-prefix", tmp_path / "out", model=model) == 0
+    flags = capsys.readouterr().out.split("train with: ")[1].split()
+    assert " ".join(flags[flags.index("--split") + 1 :]) == expected
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--eval-iters", type=int, default=100)
+    for flag in ("--split", "--tokenizer-type", "--tokenizer-model"):
+        parser.add_argument(flag)
+    check_training_files(parser.parse_args(flags))
 
 
 def test_without_eod(tmp_path: Path, data: Path, model: Path, tokenizer: Any) -> None:
