@@ -75,27 +75,24 @@ def with_transfers(
 ) -> Iterator[Action]:
     """``actions`` with the transfers between neighbours.
 
-    A receive action posts the receive; the forward or backward of that micro-batch waits for it. Receives stand as many
-    micro-batches ahead as the neighbour may be (:func:`max_lead`), so that no transfer waits for its receiver, except
-    across a drain, where nothing may be pending.
+    A receive action posts the receive; the forward or backward of that micro-batch waits for it. Receives of activations
+    stand as many micro-batches ahead as the previous stage may be (:func:`lead_of_previous`), so that none waits for its
+    receiver, except across a drain, where nothing may be pending. A gradient's stands right before its backward: on a GPU a
+    posted receive is a kernel that stays until its data comes, and what needs the whole device waits for it. Were both
+    posted ahead, two neighbours could each wait for what the other sends later (docs/design.md, Transfers).
     """
-    a, lead = microbatches_per_update, max_lead(num_stages, extra_in_flight)
+    a, lead = microbatches_per_update, lead_of_previous(stage_index, num_stages, extra_in_flight)
     first, last = stage_index == 0, stage_index == num_stages - 1
-    posted = {Kind.RECV_FORWARD: 0, Kind.RECV_BACKWARD: 0}
-
-    def receives(kind: Kind, microbatch: int) -> Iterator[Action]:
-        while posted[kind] <= microbatch + lead:
-            ahead = posted[kind]
-            if ahead > microbatch and ahead % a == 0 and is_drain(ahead // a):
-                break
-            yield Action(kind, ahead)
-            posted[kind] += 1
-
+    posted = 0  # receives of activations
     for action in actions:
         if action.kind is Kind.FORWARD and not first:
-            yield from receives(Kind.RECV_FORWARD, action.index)
+            while posted <= action.index + lead:
+                if posted > action.index and posted % a == 0 and is_drain(posted // a):
+                    break
+                yield Action(Kind.RECV_FORWARD, posted)
+                posted += 1
         elif action.kind is Kind.BACKWARD and not last:
-            yield from receives(Kind.RECV_BACKWARD, action.index)
+            yield Action(Kind.RECV_BACKWARD, action.index)
         yield action
         if action.kind is Kind.FORWARD and not last:
             yield Action(Kind.SEND_FORWARD, action.index)
@@ -121,11 +118,16 @@ def max_drift(stage_index: int, num_stages: int, microbatches_per_update: int, e
     return -(-(max_in_flight(stage_index, num_stages, extra_in_flight) - 1) // microbatches_per_update)
 
 
-def max_lead(num_stages: int, extra_in_flight: int = 0) -> int:
-    """How many micro-batches a stage may be ahead of its neighbour's receive: the most by which what two neighbours have
-    in flight differs, 1 without extra.
+def lead_of_previous(stage_index: int, num_stages: int, extra_in_flight: int = 0) -> int:
+    """How many micro-batches the previous stage may be ahead of this one's receive: the difference of what the two have in
+    flight, 1 without extra; 0 on the first stage, which has none before it.
+
+    One more than that would be posted before the previous stage can send it.
     """
-    return 1 - (-extra_in_flight // max(num_stages - 1, 1))
+    if stage_index == 0:
+        return 0
+    here, before = (max_in_flight(stage, num_stages, extra_in_flight) for stage in (stage_index, stage_index - 1))
+    return before - here
 
 
 def sends_in_flight(num_stages: int, extra_in_flight: int = 0) -> int:
@@ -133,9 +135,10 @@ def sends_in_flight(num_stages: int, extra_in_flight: int = 0) -> int:
 
     Before stage s sends activation m it has finished the backward of m-c, where c is what it may have in flight. That
     gradient left stage s+1 after the forward of m-c+c'-1, where c' is what s+1 may: so m-1-(c-c') has been received.
-    Likewise for gradients. So the wait is there to free memory and never stops a stage.
+    Likewise for gradients: when stage s sends gradient m, s-1 has done the backward of m-1-(c'-c), where c' is now what s-1
+    may. So the wait is there to free memory and never stops a stage.
     """
-    return max_lead(num_stages, extra_in_flight) + 1
+    return 1 + max(lead_of_previous(stage, num_stages, extra_in_flight) for stage in range(num_stages))
 
 
 def speedup_limit(num_stages: int, microbatches_per_update: int) -> float:

@@ -24,8 +24,10 @@ def validate(
     Checked at every stage: micro-batches in order and each backward after its forward, in flight at most
     ``max_in_flight``, drift at most ``max_drift``, an update after every a-th backward, with the totals known that it may
     use, nothing in flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends
-    under rendezvous transfers: a send is complete only when the receiver has posted its receive, transfers of one direction
-    between two stages complete in order, and a stage waits for its oldest send once ``sends_in_flight`` are not complete.
+    even if everything that is computed needs the whole device. Transfers are rendezvous: each stays on both devices until
+    its send and its receive are posted. A forward, backward, report or update waits until all that its stage has posted is
+    complete, and a stage waits for its oldest send once ``sends_in_flight`` are not complete. Fewer waits never stop a stage
+    sooner, so a plan that runs under these runs whichever of its actions need the whole device.
     """
     for stage_index, plan in enumerate(plans):
         _check_stage(plans, stage_index, plan, microbatches_per_update, extra_in_flight, frozenset(drains))
@@ -86,20 +88,30 @@ def _check_stage(
 
 
 def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int) -> None:
-    """Run all plans together under rendezvous transfers and see that everyone reaches the end."""
+    """Run all plans together, each action waiting for all that it might have to, and see that everyone reaches the end."""
     num_stages = len(plans)
     position = [0] * num_stages
     posted: list[dict[Kind, int]] = [dict.fromkeys(Kind, 0) for _ in plans]
 
+    def device_is_free(stage: int) -> bool:
+        """Whether every transfer posted so far is complete on this stage's device."""
+        own = posted[stage]
+        before = posted[stage - 1] if stage > 0 else own
+        after = posted[stage + 1] if stage < num_stages - 1 else own
+        return (
+            own[Kind.RECV_FORWARD] <= before[Kind.SEND_FORWARD]
+            and own[Kind.SEND_FORWARD] <= after[Kind.RECV_FORWARD]
+            and own[Kind.RECV_BACKWARD] <= after[Kind.SEND_BACKWARD]
+            and own[Kind.SEND_BACKWARD] <= before[Kind.RECV_BACKWARD]
+        )
+
     def may_run(stage: int, action: Action) -> bool:
         m = action.index
         match action.kind:
-            case Kind.FORWARD if stage > 0:
-                return posted[stage - 1][Kind.SEND_FORWARD] > m
-            case Kind.BACKWARD if stage < num_stages - 1:
-                return posted[stage + 1][Kind.SEND_BACKWARD] > m
-            case Kind.REPORT if stage < num_stages - 1:
-                return posted[stage + 1][Kind.REPORT] >= m
+            case Kind.FORWARD | Kind.BACKWARD | Kind.UPDATE:
+                return device_is_free(stage)
+            case Kind.REPORT:
+                return device_is_free(stage) and (stage == num_stages - 1 or posted[stage + 1][Kind.REPORT] >= m)
             case Kind.TOTAL:
                 return posted[stage - 1][Kind.TOTAL] >= m if stage > 0 else posted[0][Kind.REPORT] >= m
             case Kind.SEND_FORWARD:

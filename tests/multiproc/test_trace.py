@@ -14,7 +14,7 @@ from paci_megatron.telemetry.metrics_file import read_metrics
 from paci_megatron.telemetry.trace_file import EMBEDDING, LOSS, Stretch, layer_part, read_trace, trace_path
 from paci_megatron.telemetry.trace_layers import layer_counts
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated
-from tests.support.plans import plan_of
+from tests.support.plans import plans_of
 
 ITERATIONS, DRAIN = 5, 3  # one drain on the way, one at the end
 DRAINED = ["--eval-interval", str(DRAIN), *PACI]
@@ -24,8 +24,8 @@ def assert_is_the_plan(trace: list[Stretch], num_stages: int, a: int) -> None:
     """Two stretches, each action of each once and in order, with times that fit together."""
     assert [(stretch.first, stretch.last) for stretch in trace] == [(1, DRAIN), (DRAIN + 1, ITERATIONS)]
     for stretch in trace:
-        for index, stage in enumerate(stretch.stages):
-            plan = plan_of(index, num_stages, a, stretch.last - stretch.first + 1)
+        plans = plans_of(num_stages, a, stretch.last - stretch.first + 1)
+        for stage, plan in zip(stretch.stages, plans, strict=True):
             assert [traced.action for traced in stage.actions] == plan
             update = stretch.first
             for traced in stage.actions:

@@ -20,7 +20,7 @@ from paci_megatron.schedule import (
     with_transfers,
 )
 from paci_megatron.schedule.plan import Plan
-from paci_megatron.schedule.schedules import IsDrain, max_drift, max_in_flight, max_lead, never
+from paci_megatron.schedule.schedules import IsDrain, lead_of_previous, max_drift, max_in_flight, never
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
 
@@ -54,7 +54,7 @@ def test_golden_plan_of_four_stages_two_microbatches_per_update() -> None:
 def test_golden_transfers_of_a_middle_stage() -> None:
     actions = with_transfers(paci(1, 3, 2, lambda k: k == 2), 1, 3, 2, lambda k: k == 2)
     assert format_actions(up_to(actions, 2)) == (
-        "RF0 RF1 F0 SF0 RF2 F1 SF1 RB0 RB1 B0 SB0 RF3 F2 SF2 RB2 B1 SB1 U1 F3 SF3 RB3 B2 SB2 B3 SB3 U2"
+        "RF0 RF1 F0 SF0 RF2 F1 SF1 RB0 B0 SB0 RF3 F2 SF2 RB1 B1 SB1 U1 F3 SF3 RB2 B2 SB2 RB3 B3 SB3 U2"
     )
 
 
@@ -70,8 +70,9 @@ def test_plans_keep_every_rule(num_stages: int, a: int, extra: int, drains: tupl
 def test_extra_micro_batches_fall_evenly_to_the_last_stage(num_stages: int, extra: int) -> None:
     held = [max_in_flight(stage, num_stages, extra) for stage in range(num_stages)]
     assert (held[0], held[-1]) == (num_stages + extra, 1)
-    leads = [before - after for before, after in itertools.pairwise(held)]
-    assert max(leads) == max_lead(num_stages, extra) and max(leads) - min(leads) <= 1
+    leads = [lead_of_previous(stage, num_stages, extra) for stage in range(1, num_stages)]
+    assert leads == [before - after for before, after in itertools.pairwise(held)]
+    assert max(leads) - min(leads) <= 1
     assert min(leads) >= 1, "a following stage never has as many in flight, so it never waits for ever"
 
 
@@ -119,7 +120,7 @@ def broken(old: str, new: str, stage: int = 0) -> list[list[Action]]:
         ("F1 SF1 RB0", "F1 SF1 F2 SF2 RB0", 0, r"stage 0, action F2: 3 micro-batches in flight, at most 2"),
         (" B0 ", " B1 ", 0, r"stage 0, action B1: out of order, B0 is next"),
         (" B1 U1", " U1 B1", 0, r"stage 0, action U1: after 1 backwards"),
-        (" RB0 ", " ", 0, r"stage 0, action RB1: out of order, RB0 is next"),
+        (" RB0 ", " ", 0, r"stage 0, action B0: its gradient was never received"),
         ("RF0 RF1 F0", "F0 RF0 RF1", 1, r"stage 1, action F0: its activation was never received"),
         (" SB0 ", " ", 1, r"stage 1, action SB1: out of order, SB0 is next"),
         (" SF1 ", " ", 0, r"stage 0, action SF2: out of order, SF1 is next"),
@@ -136,7 +137,7 @@ def test_validator_finds_a_deadlock() -> None:
         parse_actions("F0 SF0 RB0 B0 U1"),
         parse_actions("RF0 RF1 F0 B0 SB0 U1 F1 B1 SB1 U2"),
     ]
-    with pytest.raises(PlanError, match="deadlock: stage 1 at F1 wait for ever"):
+    with pytest.raises(PlanError, match="deadlock: stage 0 at B0, stage 1 at F0 wait for ever"):
         validate(mutual, 1)
 
 
