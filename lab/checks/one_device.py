@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.schedule.schedules import max_lead, sends_in_flight
+from paci_megatron.schedule.schedules import sends_in_flight
 
 from .bench import Bench, Sizes, launcher
 from .outcome import Check, Measured, SkipCheck
@@ -156,10 +156,10 @@ def _compared(left: Sequence[float], right: Sequence[float], tolerance: float) -
 
 
 def transfers_bytes(sizes: Sizes, num_stages: int) -> int:
-    """What PACI's transfers hold on a stage at most, and Megatron's, which wait for each, do not: in each of the two
-    directions the receives that are posted and the sends that are not known to be done, each as large as an activation.
+    """What PACI's transfers hold on a stage at most, and Megatron's, which wait for each, do not: in each direction the
+    sends not known to be done, as many receives of activations, and that of a gradient, each as large as an activation.
     """
-    tensors = 2 * (max_lead(num_stages) + 1 + sends_in_flight(num_stages))
+    tensors = 3 * sends_in_flight(num_stages) + 1
     element_bytes = 2 if sizes.bf16 else 4
     return tensors * sizes.seq_length * sizes.micro_batch_size * sizes.hidden_size * element_bytes
 
