@@ -23,6 +23,7 @@ from paci_megatron.evaluate import EvaluationError
 from paci_megatron.evaluate.corpus import TextOptions
 from paci_megatron.evaluate.report import table
 from paci_megatron.evaluate.text import DETOKENIZERS, ROW_RULES, WORD_RULES
+from paci_megatron.usage import UsageError, require_writable
 
 DESCRIPTION = """\
 Perplexity of a Megatron checkpoint on .bin/.idx data or text, or LAMBADA's last-word accuracy. The checkpoint may have been
@@ -143,8 +144,11 @@ def main(argv: list[str] | None = None) -> int:
         **{field: getattr(arguments, field) for field in fields},
     )
     output = Path(arguments.output) if arguments.output else None
-    if output is not None and not output.parent.is_dir():
-        return _fail(f"--output {output}: no folder {output.parent}. Make it first.")
+    try:
+        if output is not None and _is_first_rank():
+            require_writable("--output", output)
+    except UsageError as error:
+        return _fail(str(error))
     # Before Megatron is imported, which would log at INFO.
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
     # The plugin says on standard output what it replaces, which is for the figures here.
@@ -158,9 +162,13 @@ def main(argv: list[str] | None = None) -> int:
     except (paci_megatron.ConfigError, DataError, EvaluationError) as error:
         return _fail(str(error))
     if _is_first_rank():
-        if output is not None:
-            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(table(result))
+        # Printed first: they are there even if the disk is full.
+        print(table(result), flush=True)
+        try:
+            if output is not None:
+                output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            return _fail(f"--output {output}: cannot be written ({error.strerror}); the figures are above")
     return 0
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paci_megatron.telemetry import curves, plotting
 from paci_megatron.telemetry.curves import Curve, Run
+from paci_megatron.usage import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +85,7 @@ def _check(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output.suffix.lower() not in plotting.SUFFIXES:
         raise ValueError(f"--output {output}: not a kind of picture; end it in {', '.join(plotting.SUFFIXES)}")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: no folder {output.parent}; make it first")
+    require_writable("--output", output)
 
 
 def _named_paths(values: list[str]) -> list[tuple[str, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from paci_megatron.config import ConfigError
 from paci_megatron.data.indexed import open_index
@@ -21,13 +22,13 @@ def evaluation_arguments(
     """Megatron's validated arguments, those of the model from the checkpoint, and the checkpoint's iteration.
 
     ``prefixes`` of ``.bin/.idx`` to evaluate on are checked with them, and the tokenizer's files if it is needed.
-    ``ConfigError`` for what cannot work; a flag that Megatron does not know ends the program.
+    ``ConfigError`` for what cannot work.
     """
     from megatron.training.arguments import parse_args, validate_args
 
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
-        args = parse_args(_with_short_usage)
+        args = parse_args(_with_one_line)
     finally:
         sys.argv = saved
     check_checkpoint(args.load, args.ckpt_step)
@@ -57,10 +58,14 @@ def _given(argv: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_args(list(argv))))
 
 
-def _with_short_usage(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """An error shows the usage, which would list all of Megatron's flags."""
-    parser.usage = "%(prog)s --load DIR --input FILE [options] [Megatron's flags]"
+def _with_one_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """An error would show the usage of all of Megatron's flags, and end the program."""
+    parser.error = _refuse  # type: ignore[method-assign]
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message} (see --help)")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from paci_megatron.config import ConfigError
+from paci_megatron.data.tokenizers import GPT2_BPE
+from paci_megatron.plugin.checkpoints import check_load, to_load
 
 # Megatron's --use-checkpoint-args takes a fixed list of arguments, without some that change the model's function (the norms'
 # epsilon, RoPE scaling, ...). These are taken too: every field of the transformer's configuration that is an argument, but
@@ -66,7 +70,7 @@ TOKENIZER_ARGUMENTS = (
 
 
 def check_checkpoint(load: str | None, step: int | None) -> None:
-    """``ConfigError`` unless ``--load`` (and ``--ckpt-step``) name a checkpoint that Megatron has written."""
+    """``ConfigError`` unless ``--load`` (and ``--ckpt-step``) name a whole checkpoint in Megatron's default format."""
     if load is None:
         raise ConfigError("--load is missing: give the folder that training wrote with --save.")
     folder = Path(load)
@@ -83,6 +87,23 @@ def check_checkpoint(load: str | None, step: int | None) -> None:
         raise ConfigError(
             f"--load {load}: no latest_checkpointed_iteration.txt in it. Give what training wrote with --save."
         )
+    checkpoint = to_load(folder, step)
+    if checkpoint is not None and checkpoint.is_dir():
+        _check_format(checkpoint)
+    check_load(argparse.Namespace(load=load, ckpt_step=step, ckpt_format="torch_dist"))
+
+
+def _check_format(checkpoint: Path) -> None:
+    """``ConfigError`` if the checkpoint is not in the format torch_dist: Megatron ends, or reads it in one split only."""
+    found = None
+    if any(checkpoint.glob("mp_rank_*")):
+        found = "torch"
+    else:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # for check_load, which says what is wrong
+            found = json.loads((checkpoint / "metadata.json").read_text()).get("sharded_backend")
+    if found not in (None, "torch_dist"):
+        remedy = "Convert it: train on from it with --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+        raise ConfigError(f"{checkpoint}: in the format {found}, and only torch_dist, the default, is evaluated. {remedy}.")
 
 
 def adopt(args: argparse.Namespace, given: set[str]) -> int:
@@ -102,14 +123,19 @@ def adopt(args: argparse.Namespace, given: set[str]) -> int:
     saved = loaded[1]
     if getattr(saved, "hybrid_layer_pattern", None) is not None:
         raise ConfigError(f"--load {args.load} holds a hybrid model; only GPT models are evaluated.")
-    names = [name for name in model_arguments(args) if name not in given]
-    if not given.intersection(TOKENIZER_ARGUMENTS):
-        names += TOKENIZER_ARGUMENTS
+    names = [name for name in (*model_arguments(args), *_tokenizer_arguments(args, saved, given)) if name not in given]
     if args.pipeline_model_parallel_size == getattr(saved, "pipeline_model_parallel_size", None):
         names += [] if given.intersection(_LAYOUT) else _LAYOUT
     _copy(saved, args, names)
     args.mtp_num_layers = None  # its losses are for training
     return int(args.iteration)
+
+
+def _tokenizer_arguments(args: argparse.Namespace, saved: Any, given: set[str]) -> tuple[str, ...]:
+    """The names of what the checkpoint says about the tokenizer: of one of another type, the files alone."""
+    if "tokenizer_type" not in given or args.tokenizer_type == getattr(saved, "tokenizer_type", None):
+        return TOKENIZER_ARGUMENTS
+    return ("vocab_file", "merge_file") if args.tokenizer_type == GPT2_BPE else ("tokenizer_model",)
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import io
 import os
 import tempfile
 import time
@@ -90,7 +91,7 @@ def evaluate(options: EvaluationOptions, megatron_argv: Sequence[str], bar: Bar 
     """
     begin_s = time.perf_counter()
     options.validate()
-    with contextlib.nullcontext() if options.verbose else _silence():
+    with _no_exit(options.verbose):
         args, iteration = evaluation_arguments(megatron_argv, options.prefixes, options.needs_tokenizer)
         if options.stride is not None and options.stride > args.seq_length:
             raise ConfigError(f"--stride {options.stride}: must be at most the context length, which is {args.seq_length}.")
@@ -133,15 +134,26 @@ def _protocol(options: EvaluationOptions, args: argparse.Namespace) -> dict[str,
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drops what Megatron prints and warns of on the way to a model; errors are not affected."""
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+def _no_exit(verbose: bool) -> Iterator[None]:
+    """Keeps back what Megatron prints and warns of on the way to a model, unless ``verbose``; errors are not affected.
+
+    ``ConfigError`` where Megatron ends the program, with what it printed last: it does so with status 0, too.
+    """
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if not verbose:
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        except SystemExit as stop:
+            lines = said.getvalue().split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it gave no reason")
+            reason = stop.code if isinstance(stop.code, str) else "see above" if verbose else last
+            raise ConfigError(
+                f"Megatron ended the evaluation: {reason}. Correct that, or see more with --verbose."
+            ) from stop
 
 
 def _read(options: EvaluationOptions, args: argparse.Namespace) -> Material:

@@ -30,19 +30,31 @@ def check_load(args: argparse.Namespace) -> None:
     if getattr(args, "pretrained_checkpoint", None) and not (folder / TRACKER).is_file():
         folder = Path(args.pretrained_checkpoint)
     tracker = folder / TRACKER
-    if args.ckpt_step:
-        _require_complete(folder, iteration_folder(folder, args.ckpt_step), f"--ckpt-step {args.ckpt_step}")
-    elif tracker.is_file():
-        text = tracker.read_text(errors="replace").strip()
-        if text != "release" and not text.isdecimal():
-            found = f"it says {text[:40]!r}" if text else "it is empty"
-            raise ConfigError(f"{tracker} does not name an iteration: {found}. {_remedy(folder)}")
-        name = folder / "release" if text == "release" else iteration_folder(folder, int(text))
-        _require_complete(folder, name, f"{TRACKER} names it")
+    checkpoint = to_load(folder, args.ckpt_step)
+    if checkpoint is not None:
+        _require_complete(folder, checkpoint, f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else f"{TRACKER} names it")
     elif (last := last_complete(folder)) is not None:
         raise ConfigError(f"{tracker}: no such file, but the checkpoint of iteration {last} is there. {_remedy(folder)}")
     elif getattr(args, "exit_on_missing_checkpoint", False):
         raise ConfigError(f"--load {folder} --exit-on-missing-checkpoint: there is no checkpoint. Give another folder.")
+
+
+def to_load(folder: Path, step: int | None) -> Path | None:
+    """Where the checkpoint is that Megatron loads from ``folder``, with ``--ckpt-step`` or without; None if it names none.
+
+    ``ConfigError`` if the file that names the latest names no iteration: Megatron reads it in any case, and ends.
+    """
+    tracker, text = folder / TRACKER, None
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()
+        if text != "release" and not text.isdecimal():
+            found = f"it says {text[:40]!r}" if text else "it is empty"
+            raise ConfigError(f"{tracker} does not name an iteration: {found}. {_remedy(folder)}")
+    if step:
+        return iteration_folder(folder, step)
+    if text is None:
+        return None
+    return folder / "release" if text == "release" else iteration_folder(folder, int(text))
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:

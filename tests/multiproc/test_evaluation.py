@@ -228,6 +228,8 @@ def test_arguments_that_megatron_leaves_out_are_adopted(one_process: OneProcess,
     names = ["layernorm_epsilon", "apply_residual_connection_post_layernorm", "vocab_size", "tokenizer_type", "bf16"]
     adopted = one_process("adopted_arguments", argv=loading(checkpoint), names=names)
     assert list(adopted.values()) == [1e-2, True, 64, "NullTokenizer", False]
+    adopted = one_process("adopted_arguments", argv=loading(checkpoint, 1, 1, "--tokenizer-model", "new.model"), names=names)
+    assert (adopted["tokenizer_type"], adopted["vocab_size"]) == ("NullTokenizer", 64)
     own = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "v.json"]
     adopted = one_process("adopted_arguments", argv=loading(checkpoint, 1, 1, *own), names=["tokenizer_type", "vocab_size"])
     assert list(adopted.values()) == ["GPT2BPETokenizer", None]
@@ -252,6 +254,12 @@ def test_arguments_that_megatron_leaves_out_are_adopted(one_process: OneProcess,
             "token id 999 is outside",
         ),
         ([], {"inputs": ("missing.txt",)}, "missing.txt: no such file"),
+        (["--hidden-sizes", "3"], {}, r"unrecognized arguments: --hidden-sizes 3 \(see --help\)"),
+        (
+            ["--tokenizer-type", "SentencePieceTokenizer"],
+            {},
+            "--tokenizer-model is missing: SentencePieceTokenizer needs it",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_built(
@@ -278,6 +286,16 @@ def test_command_writes_the_figures_and_prints_a_table(checkpoint: str, numbers:
     refused = subprocess.run([*command, *loading(checkpoint, 2)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.splitlines()[-1].startswith("evaluate_perplexity.py: error: --tensor-model-parallel-size 1 ")
+
+
+def test_command_prints_the_figures_though_the_disk_is_full(checkpoint: str, numbers: str) -> None:
+    command = [sys.executable, "tools/evaluate_perplexity.py", "--input", numbers, "--output", "/dev/full"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run([*command, *loading(checkpoint)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.startswith("token perplexity")
+    assert done.stderr.splitlines()[-1].startswith(
+        "evaluate_perplexity.py: error: --output /dev/full: cannot be written (No"
+    )
 
 
 @pytest.mark.parametrize(

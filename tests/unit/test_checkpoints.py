@@ -104,6 +104,11 @@ def test_a_tracker_that_is_offered_is_accepted(folder: Path) -> None:
         assert refusal(namespace(folder)) == ""
 
 
+def test_a_broken_tracker_ends_megatron_with_a_given_iteration_too(folder: Path) -> None:
+    (folder / TRACKER).write_text("")
+    assert "it is empty" in refusal(namespace(folder, ckpt_step=20))
+
+
 def test_a_lost_tracker_does_not_begin_anew_in_silence(folder: Path) -> None:
     (folder / TRACKER).unlink()
     said = refusal(namespace(folder))
