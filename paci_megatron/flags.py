@@ -58,10 +58,7 @@ _DUMPS = (
     "it saves tensors of one flushed iteration, and under paci an iteration's forwards and backwards interleave with others"
 )
 _EVERY_STAGE = "it needs an agreement of all stages in every iteration, which would stop the pipeline each time"
-_SCALED = ("a dynamic loss scale needs an agreement of all stages in every update", "Use --bf16 instead")
 REFUSED: tuple[Refused, ...] = (
-    Refused("--fp16", "fp16", *_SCALED),
-    Refused("--loss-scale", "loss_scale", *_SCALED),
     Refused("--fp8-format", "fp8", *_QUANTIZED),
     Refused("--fp4-format", "fp4", *_QUANTIZED),
     Refused(

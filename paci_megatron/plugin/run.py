@@ -93,7 +93,7 @@ class Run:
             stage.trace = stage_trace(args, stage.model, stage.stage_index, self._config.num_stages)
             if args.paci_metrics_file:
                 stage.saved = SavedActivations(stage.model.parameters())
-        # Megatron's loop logs it in every iteration, and would wait for the device. It is a constant: paci refuses fp16.
+        # Megatron's loop logs it in every iteration, and would wait for the device.
         self.loss_scale = torch.tensor(float(optimizer.get_loss_scale()), device="cpu")
         if self.restored is not None:
             self._restore(self.restored)
@@ -153,6 +153,10 @@ class Run:
                 running.finish()
             self.plans = []
             self._check_tied_embeddings()
+        scale = self.stages[0].loss_scale
+        if scale.is_used:  # that of the next window
+            next_scale = scale.of(self.iteration - self.plans[0].begin + 1) if self.plans else scale.latest
+            self.loss_scale = torch.tensor(next_scale, device="cpu")
         return losses
 
     def args_to_save(self, args: argparse.Namespace) -> argparse.Namespace:

@@ -47,6 +47,7 @@ class RunningPlan:
         self._log_interval: int = args.log_interval
         self._watches_loss = bool(args.paci_fallback) and stage.is_last
         a, lag = plan.microbatches_per_update, plan.record_lag
+        stage.loss_scale.begin_plan(lag)
         self.compute = StageCompute(
             stage.model,
             stage.model_config,
@@ -54,10 +55,11 @@ class RunningPlan:
             in_flight_cap=plan.max_in_flight(stage.stage_index),
             is_last_stage=stage.is_last,
             context_parallel_size=stage.groups.cp.size(),
+            loss_scale=stage.loss_scale,
         )
         link = transport.link(stage.stage_index, lag)
         clipping = Clipping(config.clip_mode, args.clip_grad)
-        self._control = Control(link, clipping, lag, stage.last_total, transport.agree, on_total)
+        self._control = Control(link, clipping, lag, stage.last_total, stage.loss_scale, transport.agree, on_total)
         tied: TiedEmbedding | None = None
         weight, exchange = stage.tied_weight(), transport.tied_exchange(stage.stage_index, lag)
         if weight is not None and exchange is not None:
@@ -103,6 +105,7 @@ class RunningPlan:
     def finish(self) -> None:
         """End at a drain; ``RuntimeError`` if anything is still in flight or under way."""
         self.executor.finish()
+        self.stage.loss_scale.end_plan()
         if self.stage.trace is not None:
             self.stage.trace.end_plan()
         self.stage.last_total = self._control.last_total

@@ -12,6 +12,7 @@ import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.loss_scale import LossScale
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.readings import Readings
 from paci_megatron.runtime.saved import SavedActivations
@@ -60,6 +61,7 @@ class Stage:
         self.active = active
         self.trace: StageTrace | None = None
         self.readings = Readings()
+        self.loss_scale = LossScale(optimizer)
         self.last_total = Record()  # of all stages, of the last update before a drain
         self.saved: SavedActivations | None = None  # counts what forwards leave for backwards, while it is wanted
         # The model decides, not the flag: a script may build an untied one of its own.

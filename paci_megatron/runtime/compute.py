@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from .loss_scale import LossScale
 from .state import InFlight
+
+_AUXILIARY = (MoEAuxLossAutoScaler, DSAIndexerLossAutoScaler)
+"""Where Megatron's forwards leave, for the backwards, the scale of losses that a layer has of its own."""
 
 
 class StageCompute:
@@ -28,6 +35,7 @@ class StageCompute:
         in_flight_cap: int,
         is_last_stage: bool,
         context_parallel_size: int,
+        loss_scale: LossScale,
     ) -> None:
         self.model = model
         self.config = config
@@ -39,10 +47,13 @@ class StageCompute:
         self._in_flight_cap = in_flight_cap
         self._is_last_stage = is_last_stage
         self._context_parallel_size = context_parallel_size
+        self._loss_scale = loss_scale
+        self._auxiliary_scales: deque[list[torch.Tensor | None]] = deque()  # of the micro-batches in flight
 
     def forward(self, microbatch: int, input_tensor: torch.Tensor | None) -> torch.Tensor:
         """The stage's output for ``microbatch``: an activation to send, or on the last stage the scaled loss."""
         position = microbatch % self._microbatches_per_update
+        self._scale_as(microbatch)
         output_tensor, num_tokens = schedules.forward_step(
             self.forward_step_func,
             self.data_iterator,
@@ -58,6 +69,9 @@ class StageCompute:
             current_microbatch=position,
             is_last_stage=self._is_last_stage,
         )
+        if self._loss_scale.is_used:
+            set_now = (scaler.main_loss_backward_scale for scaler in _AUXILIARY)
+            self._auxiliary_scales.append([scale.clone() if scale is not None else None for scale in set_now])
         if self._is_last_stage and self.config.calculate_per_token_loss:
             self.num_tokens.append(num_tokens)
         return output_tensor
@@ -73,6 +87,10 @@ class StageCompute:
         sums.
         """
         completes_window = (entry.microbatch + 1) % self._microbatches_per_update == 0
+        self._scale_as(entry.microbatch)
+        if self._loss_scale.is_used:  # forwards of a later window may have set another
+            for scaler, scale in zip(_AUXILIARY, self._auxiliary_scales.popleft(), strict=True):
+                scaler.main_loss_backward_scale = scale
         overlaps = self.config.no_sync_func is not None
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
             return schedules.backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
@@ -95,6 +113,12 @@ class StageCompute:
         taken = self.num_tokens[: self._microbatches_per_update]
         del self.num_tokens[: self._microbatches_per_update]
         return torch.stack(taken).sum().view(1)
+
+    def _scale_as(self, microbatch: int) -> None:
+        """Let Megatron multiply losses by the scale of ``microbatch``'s window."""
+        if self._loss_scale.is_used:
+            scale = self._loss_scale.of(microbatch // self._microbatches_per_update + 1)
+            self.config.grad_scale_func = lambda loss: torch.full((1,), scale, device=loss.device) * loss
 
     def _checkpoints_activations(self, microbatch: int) -> bool | None:
         """Whether to recompute all layers of this micro-batch; None to follow the configuration."""

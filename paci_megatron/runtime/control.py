@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from .loss_scale import LossScale
+
 _MARGIN = 1e-6  # added to the norm when clipping, as Megatron does (core/optimizer/clip_grads.py)
 
 
@@ -101,6 +103,7 @@ class Control:
         clipping: Clipping,
         lag: int,
         before: Record,
+        loss_scale: LossScale,
         agree: Callable[[Record], Record] = lambda record: record,
         on_total: Callable[[int, Record], None] = lambda update, total: None,
     ) -> None:
@@ -111,6 +114,7 @@ class Control:
         self._agree = agree
         self._on_total = on_total
         self._before = before
+        self._loss_scale = loss_scale
         self._own: dict[int, Record] = {}
         self._reports: dict[int, Record] = {}  # with the later stages'
         self._totals: dict[int, Record] = {}
@@ -131,6 +135,7 @@ class Control:
         self._link.send_total(total)
         self._totals[update] = total
         self._last_total = update
+        self._loss_scale.hear(update, total.is_finite)
         self._on_total(update, total)
 
     def is_drained(self, update: int) -> bool:
@@ -167,6 +172,13 @@ class Control:
         earlier = self.total(update - self.lag)
         return self.clipping.coefficient(max(self._reports[update].norm, earlier.norm if earlier.is_finite else 0.0))
 
-    def tied_coefficient(self, window: int) -> float:
-        """What the tied embedding's gradient of ``window`` is multiplied by, on both stages that hold it."""
-        return self.clipping.coefficient(self._totals[window].norm)
+    def tied_coefficient(self, window: int, update: int) -> float:
+        """What the tied embedding's gradient of ``window`` is multiplied by, on both stages that hold it, to be applied in
+        ``update`` as one of its own.
+        """
+        rescaled = self._loss_scale.of(update) / self._loss_scale.of(window)
+        return self.clipping.coefficient(self._totals[window].norm) * rescaled
+
+    def scale(self, window: int) -> float:
+        """What the losses of ``window``, and so its gradients, have been multiplied by."""
+        return self._loss_scale.of(window)

@@ -12,7 +12,7 @@ import torch
 class OptimizerSteps:
     """Steps a stage's optimizer: all of it, or in a skipped update nothing but the tied embedding.
 
-    That is stepped in every update, because the other stage that holds it may not skip, and the two must not differ.
+    That is stepped when the other stage that holds it does, which may not skip: the two must not differ.
     PyTorch's Adam counts steps by parameter. Those of Transformer Engine and Apex count them by parameter group, also for
     parameters without a gradient; so after a skipped update the tied embedding has a count of its own here, and is stepped
     apart from then on. One object serves all plans of a stage.
@@ -27,25 +27,27 @@ class OptimizerSteps:
         self._tied_ahead = 0  # steps of the tied embedding more than of its group
         self._counts_by_group = False
 
-    def step(self, loop_optimizer: Any, applies: bool, tied: torch.nn.Parameter | None) -> None:
+    def step(self, loop_optimizer: Any, applies: bool, tied: torch.nn.Parameter | None, tied_applies: bool = True) -> None:
         """Call ``loop_optimizer.step``, which steps this stage's optimizer, for what is to be stepped.
 
-        ``applies`` is whether the update is not skipped; ``tied`` the embedding that is stepped anyway, if any.
+        ``applies`` is whether the update is not skipped; ``tied`` the embedding, if it is here, and ``tied_applies`` whether
+        that is stepped.
         """
-        if tied is None or (applies and not self._tied_ahead):
+        if tied is None or (applies == tied_applies and not self._tied_ahead):
             if applies:
                 loop_optimizer.step()
             return
         others: list[torch.Tensor] = []
         tied_parts: list[torch.Tensor] = []
         for parameter in self._optimizer.get_parameters():
-            (tied_parts if _is_part_of(parameter, tied) else others).append(parameter)
-        with _without_gradients(others), self._tied_count():
-            loop_optimizer.step()
+            (tied_parts if is_part_of(parameter, tied) else others).append(parameter)
+        if tied_applies:
+            with _without_gradients(others), self._tied_count():
+                loop_optimizer.step()
         if applies:
             with _without_gradients(tied_parts):
                 loop_optimizer.step()
-        self._tied_ahead += not applies
+        self._tied_ahead += tied_applies - applies
 
     @contextlib.contextmanager
     def _tied_count(self) -> Iterator[None]:
@@ -80,7 +82,7 @@ def _without_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         setattr(parameter, name, gradient)
 
 
-def _is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:
+def is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:
     """Whether ``parameter``, one of an optimizer's, is ``weight``, a shard of it, or its copy in fp32."""
     begin = weight.data_ptr()
     return parameter is getattr(weight, "main_param", None) or begin <= parameter.data_ptr() < begin + weight.nbytes

@@ -39,14 +39,19 @@ class TiedEmbedding:
         self._lag = lag
         self._parts: deque[torch.Tensor] = deque()  # of this stage, whose other part has not been taken yet
         self._sums: deque[tuple[int, torch.Tensor]] = deque()  # by update, to be applied
+        self._divisions: deque[torch.Tensor | None] = deque()  # of the updates that are still to be applied
         self._updates = 0
 
     @property
     def _gradient(self) -> torch.Tensor:
         return self.weight.main_grad  # type: ignore[attr-defined]  # Megatron's
 
-    def report(self) -> None:
-        """A window's gradient is complete here. On the first stage, which counts it in the norm, make it the sum."""
+    def report(self, division: torch.Tensor | None = None) -> None:
+        """A window's gradient is complete here. On the first stage, which counts it in the norm, make it the sum.
+
+        ``division`` is what all gradients of the window are multiplied by next, a scalar.
+        """
+        self._divisions.append(division)
         part = self._gradient.detach().clone()
         self._exchange.send(part)
         self._parts.append(part)
@@ -56,17 +61,26 @@ class TiedEmbedding:
             self._take_sum()
             self._gradient.copy_(self._sums[-1][1])
 
-    def apply(self, update: int, control: Control) -> None:
-        """Make ``main_grad`` what ``update`` is to apply: the sums that are due. What is not finite is left out."""
+    def apply(self, update: int, control: Control) -> bool:
+        """Make ``main_grad`` what ``update`` is to apply, at its loss scale: the sums that are due, but for those that are
+        not finite. False if there are none but such: then it is not to be applied, on either stage.
+        """
         up_to = update if control.is_drained(update) else update - self._lag
-        total = torch.zeros_like(self._gradient)
+        total = torch.zeros_like(self._gradient, dtype=torch.float32)
+        due = finite = 0
         while self._first_pending() <= up_to:
             if not self._sums:
                 self._take_sum()
             window, gradient = self._sums.popleft()
+            if (division := self._divisions.popleft()) is not None:
+                gradient.mul_(division)
+            due += 1
             if control.total(window).is_finite:
-                total.add_(gradient.mul_(control.tied_coefficient(window)))
-        self._gradient.copy_(total)
+                finite += 1
+                total.add_(gradient.float().mul_(control.tied_coefficient(window, update)))
+        largest = torch.finfo(self._gradient.dtype).max  # a larger scale than its own window's can be too much for fp16
+        self._gradient.copy_(total.clamp_(-largest, largest))
+        return finite > 0 or due == 0
 
     def finish(self) -> None:
         """The plan ends at a drain, where all has been applied: what the other stage is still to get must get there."""

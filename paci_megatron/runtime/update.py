@@ -10,7 +10,7 @@ import torch
 
 from .control import Control, Record
 from .device import HostCopy
-from .steps import OptimizerSteps
+from .steps import OptimizerSteps, is_part_of
 from .tied_embeddings import TiedEmbedding
 
 
@@ -77,15 +77,21 @@ class StageUpdate:
         ``later`` is the report of the later stages.
         """
         self._finalize_gradients()
-        own_tokens = self._divide_by_tokens(later) if self._take_num_tokens is not None else None
+        own_tokens, divided = None, None
+        if self._take_num_tokens is not None:
+            tokens = self._take_num_tokens()
+            own_tokens = HostCopy(tokens) if tokens is not None else None
+            divided = self._token_factor(tokens, later)
         if self._tied is not None:
-            self._tied.report()
+            self._tied.report(divided)
+        if divided is not None:
+            self._model.scale_gradients(divided)
         self._optimizer.prepare_grads()
         if self._readings is not None:
             self._readings.begin()
         # Over the ranks that share the stage, see plugin/run.py. In steady state this is the update's only wait for the
         # device: everything else that the host reads has been copied by then.
-        norm = float(self._optimizer.get_grad_norm())
+        norm = float(self._optimizer.get_grad_norm()) / self._control.scale(update)
         if self._readings is not None:
             self._readings.end()
         num_tokens = float(own_tokens.wait()) if own_tokens is not None else 0.0
@@ -101,16 +107,16 @@ class StageUpdate:
         control = self._control
         applies = control.may_apply(update)
         coefficient = control.coefficient(update) if applies else 1.0
-        if coefficient < 1.0:
-            self._model.scale_gradients(coefficient)
+        tied_applies = True
         if self._tied is not None:
-            self._tied.apply(update, control)
-        if coefficient < 1.0 or self._tied is not None:
+            tied_applies = self._tied.apply(update, control)
             self._optimizer.prepare_grads()  # which may have made copies of what has changed since
+        self._scale_gradients(coefficient, control.scale(update))
+        tied_weight = self._tied.weight if self._tied is not None else None
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            self._steps.step(self._loop_optimizer, applies, self._tied.weight if self._tied is not None else None)
+            self._steps.step(self._loop_optimizer, applies, tied_weight, tied_applies)
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()
@@ -121,16 +127,25 @@ class StageUpdate:
         if self._tied is not None:
             self._tied.finish()
 
-    def _divide_by_tokens(self, later: Record) -> HostCopy | None:
-        """Make gradients of summed losses those of the mean; the last stage's number of tokens, on its way to the host."""
-        assert self._take_num_tokens is not None
-        num_tokens = self._take_num_tokens()
-        if num_tokens is None:
-            self._model.scale_gradients(1.0 / max(later.num_tokens, 1.0))
-            return None
-        # Divided on the device, in double precision and then rounded, as the other stages' hosts do.
-        self._model.scale_gradients(1.0 / num_tokens.double().clamp(min=1.0).view(()))
-        return HostCopy(num_tokens)
+    def _token_factor(self, own: torch.Tensor | None, later: Record) -> torch.Tensor:
+        """What makes gradients of summed losses those of the mean, a scalar on the device, as Megatron computes it."""
+        if own is None:
+            own = torch.full((1,), int(later.num_tokens), dtype=torch.int64, device=self._parameters[0].device)
+        return 1.0 / own.clamp(min=1).view(())
+
+    def _scale_gradients(self, coefficient: float, loss_scale: float) -> None:
+        """Clip and unscale what the optimizer will step with; the tied embedding's gradients are clipped already."""
+        tied = self._tied.weight if self._tied is not None else None
+        by_factor: dict[float, list[torch.Tensor]] = {}
+        for parameter in self._optimizer.get_parameters():
+            gradient = getattr(parameter, "decoupled_grad", None)  # where the precision-aware optimizer has it
+            gradient = parameter.grad if gradient is None else gradient
+            if gradient is not None:
+                clipped = tied is not None and is_part_of(parameter, tied)
+                by_factor.setdefault((1.0 if clipped else coefficient) / loss_scale, []).append(gradient)
+        for factor, gradients in by_factor.items():
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
 
     def _zero_gradients(self) -> None:
         """Clear both places Megatron keeps gradients in, or the next window would count this one again."""

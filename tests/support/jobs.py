@@ -35,6 +35,8 @@ class TrainingResult:
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)  # the loss scale in the log, by iteration
+    skipped: list[int] = field(default_factory=list)  # 1 for each iteration whose update this rank has skipped
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     stage_weights: list[dict[str, np.ndarray]] = field(default_factory=list)
     peak_saved_bytes: int = 0
@@ -221,6 +223,8 @@ def _recorded(training: Any, result: TrainingResult) -> Iterator[list[Any]]:
 
     def training_log(loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
         result.losses.extend(float(loss) for loss in loss_dict.values())
+        result.scales.append(args[3])
+        result.skipped.append(args[5])
         return originals["training_log"](loss_dict, *args, **kwargs)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:

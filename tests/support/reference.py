@@ -151,9 +151,11 @@ class Windows:
             weight.grad = gradient * self.coefficient(largest) if math.isfinite(known) else None
         if stage.tied is not None:
             gradient = torch.zeros_like(stage.weights[stage.tied])
-            for window in range(self.tied_done[s] + 1, (k if drained else k - self.lag) + 1):
+            due = range(self.tied_done[s] + 1, (k if drained else k - self.lag) + 1)
+            for window in due:
                 self.tied_done[s] = window
                 if math.isfinite(self.norm(window)):
                     gradient += self.tied_sum(window) * self.coefficient(self.norm(window))
-            stage.weights[stage.tied].grad = gradient
+            lost = due and not any(math.isfinite(self.norm(window)) for window in due)
+            stage.weights[stage.tied].grad = gradient if not lost else None
         stage.optimizer.step()
