@@ -55,17 +55,6 @@ def namespace(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**accepted, **changes})
 
 
-<<<<<<< HEAD
-=======
-def refused_value(rule: Unsupported) -> Any:
-    """A value that a user may give the flag."""
-    values = {"optimizer": "muon", "cuda_graph_impl": "local", "fp8": "hybrid", "fp4": "e2m1"}
-    return values.get(
-        rule.attribute, 2 if rule.flag.endswith(("-instances", "-interval", "-layers", "-stage", "-rank", "-mins")) else True
-    )
-
-
->>>>>>> 32ab4d6 (fp16 and loss scales under PACI: every stage replays Megatron's rule on the totals, and equals Megatron when drained)
 def test_an_ordinary_command_line_is_accepted() -> None:
     assert PaciConfig.from_args(namespace()) == PaciConfig(num_stages=4, clip_mode="none")
 
