@@ -78,6 +78,14 @@ def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
         "for each copy. Works with either schedule.",
     )
     group.add_argument(
+        "--paci-transfer-ctas",
+        type=int,
+        default=None,
+        metavar="BLOCKS",
+        help="At most so many thread blocks of the GPU for each pending NCCL transfer between stages. More are faster and "
+        "leave less of the GPU. Default: max_ctas of pp in --nccl-communicator-config-path, or 4.",
+    )
+    group.add_argument(
         "--paci-metrics-file",
         default=None,
         metavar="PATH",

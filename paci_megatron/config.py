@@ -66,6 +66,7 @@ NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
     ("--paci-extra-in-flight", "paci_extra_in_flight", lambda n: n >= 0, "0 or a number of micro-batches"),
     ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
+    ("--paci-transfer-ctas", "paci_transfer_ctas", lambda n: n is None or 1 <= n <= 64, "1 to 64 thread blocks"),
     ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
     (
         "--paci-transfer-timeout",

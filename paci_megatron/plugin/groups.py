@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from paci_megatron.runtime.links import (
     P2PLink,
     TensorPair,
 )
-from paci_megatron.schedule.schedules import sends_in_flight
+from paci_megatron.schedule.schedules import lead_of_previous, max_in_flight, sends_in_flight
 
 from .drains import can_exit
 from .stage import Stage
@@ -36,6 +37,7 @@ from .stage import Stage
 class Direction:
     """A process group of two ranks that carries tensors one way only. This rank is one of the two."""
 
+    name: str
     group: dist.ProcessGroup
     sender: int
     receiver: int
@@ -46,39 +48,75 @@ class Direction:
         return dist.get_rank() == self.sender
 
 
-def create_groups(
-    mine: Sequence[Sequence[int]], name: str, timeout_minutes: int, backend: str | None = None
-) -> list[dist.ProcessGroup]:
-    """A process group of the ranks of each of ``mine``.
+class Wanted(NamedTuple):
+    """A process group of the rank that asks for it: its ranks, a name and a backend (None: that of the world)."""
 
-    Collective over the world: every rank creates everyone's groups, in one order, whichever it is in.
+    name: str
+    ranks: tuple[int, ...]
+    backend: str | None = None
+
+
+def create_groups(wanted: Sequence[Wanted], timeout_minutes: int, options: Any = None) -> list[dist.ProcessGroup]:
+    """The process groups that this rank asks for; ``options`` are NCCL's, for those of the world's backend.
+
+    Collective over the world: every rank creates everyone's groups, in one order, whichever it is in. Made by Megatron's
+    function, so that ``--distributed-timeout-seconds-after-init`` reaches them.
     """
-    everyones: list[list[tuple[int, ...]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, [tuple(ranks) for ranks in mine])
+    everyones: list[list[Wanted]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, list(wanted))
     created = {}
-    for ranks in sorted({ranks for theirs in everyones for ranks in theirs}):
-        timeout = timedelta(minutes=timeout_minutes)
-        created[ranks] = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=name)
-    return [created[tuple(ranks)] for ranks in mine]
+    for one in sorted({one for theirs in everyones for one in theirs}, key=lambda one: (one.name, one.ranks)):
+        created[one] = parallel_state.create_group(
+            ranks=list(one.ranks),
+            timeout=timedelta(minutes=timeout_minutes),
+            backend=one.backend,
+            pg_options=options if one.backend is None else None,
+            group_desc=one.name,
+        )
+    return [created[one] for one in wanted]
 
 
-def create_directions(
-    pairs: Sequence[tuple[int, int]], name: str, args: argparse.Namespace, device: torch.device
-) -> list[Direction]:
-    """A direction for each (sender, receiver) of ``pairs`` that this rank is in, used once. Collective.
+DEFAULT_CTAS = 4
+
+
+def nccl_options(args: argparse.Namespace) -> Any:
+    """NCCL's options for the groups between stages; None where the transfers do not go over NCCL.
+
+    A pending transfer is a kernel that stays on the device, by default of up to 32 thread blocks: a quarter of an H100 for a
+    stage in the middle. So they are few, and their stream has priority, since another stage waits for what it carries. What
+    ``--nccl-communicator-config-path`` says of ``pp``, the group that Megatron itself would use, goes before.
+    """
+    if args.distributed_backend != "nccl" or args.paci_link == "host":
+        return None
+    configured: dict[str, Any] = {}
+    if args.nccl_communicator_config_path is not None:
+        import yaml
+
+        with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
+            configured = (yaml.safe_load(file) or {}).get("pp", {})
+    if "pp" in (args.high_priority_stream_groups or ()):
+        configured["is_high_priority_stream"] = True
+    values = {"is_high_priority_stream": True, "min_ctas": 1, "max_ctas": DEFAULT_CTAS, **configured}
+    if args.paci_transfer_ctas is not None:
+        values |= {"min_ctas": 1, "max_ctas": args.paci_transfer_ctas}
+    return parallel_state.get_nccl_options("pp", {"pp": values})
+
+
+def use_once(directions: Sequence[Direction], place: Callable[[int], int], device: torch.device) -> None:
+    """Send something through each direction that this rank is in. Collective over a pipeline.
 
     Once used, whatever the backend creates at a pair's first transfer exists: NCCL's communicators, unless bound to a device
     at start, and its connections. Created later, in the order in which stages happen to need them, they could wait for
-    each other for ever. Here all ranks go by one order, in which no ring of pairs can wait.
+    each other for ever. Here all ranks go by one order: one name after the other, and of each first the pairs of stages that
+    begin at an even one, all at once, then the others. ``place`` is the stage of a rank.
     """
-    backend = "gloo" if args.paci_link == "host" else None
-    # NCCL names a communicator by its ranks in order, so a group is made of the pair either way round.
-    groups = create_groups([tuple(sorted(pair)) for pair in pairs], name, args.distributed_timeout_minutes, backend)
-    directions = [Direction(group, *pair) for group, pair in zip(groups, pairs, strict=True)]
-    carrier = torch.device("cpu") if args.paci_link == "host" else device
-    for direction in sorted(directions, key=lambda direction: (direction.sender, direction.receiver)):
-        _use_once(direction, carrier)
-    return directions
+
+    def order(direction: Direction) -> tuple[Any, ...]:
+        pair = sorted((place(direction.sender), place(direction.receiver)))
+        return (direction.name, pair[0] % 2, *pair)
+
+    for direction in sorted(directions, key=order):
+        _use_once(direction, device)
 
 
 def _use_once(direction: Direction, device: torch.device) -> None:
@@ -97,23 +135,14 @@ def _use_once(direction: Direction, device: torch.device) -> None:
         )
 
 
-def _outgoing(direction: Direction, link: str, hold: int) -> Outgoing:
-    kind = HostOutgoing if link == "host" else DirectOutgoing
-    return kind(direction.group, direction.receiver, hold)
-
-
-def _incoming(direction: Direction, link: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Incoming:
-    kind = HostIncoming if link == "host" else DirectIncoming
-    return kind(direction.group, direction.sender, shape, dtype, device)
-
-
 class ProcessTransport:
     """A :class:`~paci_megatron.runtime.links.Transport` between processes that hold one stage each."""
 
-    def __init__(self, args: argparse.Namespace, stage: Stage) -> None:
-        """Makes the process groups. Collective: every rank makes its own together.
+    def __init__(self, args: argparse.Namespace, stage: Stage, record_lag: int) -> None:
+        """Makes the process groups, for plans of about that record lag. Collective over the world.
 
-        Each pair of neighbouring stages has a group for activations and one for gradients. Megatron's ``P2PCommunicator``
+        Each pair of neighbouring stages has a group for activations and one for gradients; the two that share an embedding
+        have some for each direction. Megatron's ``P2PCommunicator``
         says who they are. (Its own calls pair a send with a receive and wait for both, and use the world group for one
         direction when there are two stages.)
         """
@@ -135,55 +164,76 @@ class ProcessTransport:
         )
         self._device = next(stage.model.parameters()).device
         communicator = P2PCommunicator(pp_group=stage.groups.pp, config=config)
-        self._here = here = dist.get_rank()
+        self._here = dist.get_rank()
         self._ranks = dist.get_process_group_ranks(stage.groups.pp)
         self._before = None if communicator.is_pp_first_stage else communicator.prev_rank
         self._after = None if communicator.is_pp_last_stage else communicator.next_rank
-        down = [(by, to) for by, to in ((self._before, here), (here, self._after)) if by is not None and to is not None]
-        self._activations = dict(zip(down, create_directions(down, "PACI_ACTIVATIONS", args, self._device), strict=True))
-        up = [(to, by) for by, to in down]
-        self._gradients = dict(zip(up, create_directions(up, "PACI_GRADIENTS", args, self._device), strict=True))
-        minutes = args.distributed_timeout_minutes
-        (self._records,) = create_groups([self._ranks], "PACI_RECORDS", minutes, backend="gloo")
-        self._tied_weight = weight = stage.tied_weight()
-        first, last = self._ranks[0], self._ranks[-1]
-        self._tied = [
-            create_directions([pair] if weight is not None else [], name, args, self._device)
-            for pair, name in (((first, last), "PACI_TIED_FROM_FIRST"), ((last, first), "PACI_TIED_FROM_LAST"))
-        ]
+        self._tied_weight = stage.tied_weight()
+        self._directions = self._create(record_lag)
+        carrier = torch.device("cpu") if args.paci_link == "host" else self._device
+        use_once(list(self._directions.values()), self._ranks.index, carrier)
         self.agree = agreement(args)
+
+    def _create(self, record_lag: int) -> dict[tuple[str, int, int], Direction]:
+        """All groups of this rank, made together; directions by name, sender and receiver."""
+        down = [(self._before, self._here), (self._here, self._after)]
+        named = [("PACI_ACTIVATIONS", by, to) for by, to in down] + [("PACI_GRADIENTS", to, by) for by, to in down]
+        if self._tied_weight is not None:
+            first, last = self._ranks[0], self._ranks[-1]
+            # An update's transfer is complete before the one of ``record_lag`` updates later is posted.
+            for turn in range(record_lag):
+                named += [(f"PACI_TIED_FROM_FIRST_{turn}", first, last), (f"PACI_TIED_FROM_LAST_{turn}", last, first)]
+        directions = [(name, by, to) for name, by, to in named if by is not None and to is not None]
+        backend = "gloo" if self._args.paci_link == "host" else None
+        # NCCL names a communicator by its ranks in order, so a group is made of the pair either way round.
+        wanted = [Wanted(name, (min(by, to), max(by, to)), backend) for name, by, to in directions]
+        records = Wanted("PACI_RECORDS", tuple(self._ranks), "gloo")
+        minutes = self._args.distributed_timeout_minutes
+        self._records, *groups = create_groups([records, *wanted], minutes, nccl_options(self._args))
+        return {key: Direction(key[0], group, *key[1:]) for key, group in zip(directions, groups, strict=True)}
 
     def link(self, stage_index: int, record_lag: int) -> P2PLink:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
-        previous = self._neighbour(self._before, outgoing=self._gradients, incoming=self._activations)
-        following = self._neighbour(self._after, outgoing=self._activations, incoming=self._gradients)
+        num_stages, extra = len(self._ranks), self._args.paci_extra_in_flight
+        hold = sends_in_flight(num_stages, extra)
+        # An activation is in use from when its receive is posted to the end of its backward.
+        held = max_in_flight(stage_index, num_stages, extra) + lead_of_previous(stage_index, num_stages, extra)
+        previous = following = None
+        if self._before is not None:
+            outgoing = self._outgoing("PACI_GRADIENTS", self._before, hold)
+            previous = Neighbour(self._before, outgoing, self._incoming("PACI_ACTIVATIONS", self._before, ring=held))
+        if self._after is not None:
+            outgoing = self._outgoing("PACI_ACTIVATIONS", self._after, hold)
+            following = Neighbour(self._after, outgoing, self._incoming("PACI_GRADIENTS", self._after, ring=1))
         return P2PLink(previous, following, self._records, record_lag)
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
         if self._tied_weight is None:
             return None
-        (from_first,), (from_last,) = self._tied
-        there, back = (from_first, from_last) if self._here == self._ranks[0] else (from_last, from_first)
+        first, last = self._ranks[0], self._ranks[-1]
+        mine, other = ("FIRST", last) if self._here == first else ("LAST", first)
+        theirs = "LAST" if mine == "FIRST" else "FIRST"
+        turns = sum(name.startswith("PACI_TIED_FROM_FIRST") for name, _, _ in self._directions)
         like = self._tied_weight.main_grad  # type: ignore[attr-defined]  # Megatron's
-        incoming = _incoming(back, self._args.paci_link, tuple(like.shape), like.dtype, self._device)
-        return TensorPair(_outgoing(there, self._args.paci_link, hold=record_lag + 1), incoming)
+        ring = -(-record_lag // turns) + 1  # posted, or received and not applied yet
+        return TensorPair(
+            [self._outgoing(f"PACI_TIED_FROM_{mine}_{turn}", other, hold=ring) for turn in range(turns)],
+            [self._incoming(f"PACI_TIED_FROM_{theirs}_{turn}", other, ring, like) for turn in range(turns)],
+        )
+
+    def _outgoing(self, name: str, receiver: int, hold: int) -> Outgoing:
+        kind = HostOutgoing if self._args.paci_link == "host" else DirectOutgoing
+        return kind(self._directions[name, self._here, receiver].group, receiver, hold)
+
+    def _incoming(self, name: str, sender: int, ring: int, like: torch.Tensor | None = None) -> Incoming:
+        kind = HostIncoming if self._args.paci_link == "host" else DirectIncoming
+        shape, dtype = (tuple(self._shape), self._dtype) if like is None else (tuple(like.shape), like.dtype)
+        return kind(self._directions[name, sender, self._here].group, sender, shape, dtype, self._device, ring)
 
     def rank_of(self, stage_index: int) -> int:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
         return self._ranks[stage_index]
-
-    def _neighbour(
-        self, rank: int | None, outgoing: dict[tuple[int, int], Direction], incoming: dict[tuple[int, int], Direction]
-    ) -> Neighbour | None:
-        if rank is None:
-            return None
-        hold = sends_in_flight(len(self._ranks), self._args.paci_extra_in_flight)
-        return Neighbour(
-            rank,
-            _outgoing(outgoing[self._here, rank], self._args.paci_link, hold=hold),
-            _incoming(incoming[rank, self._here], self._args.paci_link, tuple(self._shape), self._dtype, self._device),
-        )
 
 
 def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:
@@ -191,7 +241,7 @@ def agreement(args: argparse.Namespace) -> Callable[[Record], Record]:
     stage = dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     if len(stage) == 1 or not (can_exit(args) or args.paci_fallback):
         return lambda record: record
-    (group,) = create_groups([stage], "PACI_STAGE", args.distributed_timeout_minutes, backend="gloo")
+    (group,) = create_groups([Wanted("PACI_STAGE", tuple(stage), "gloo")], args.distributed_timeout_minutes)
 
     def agree(record: Record) -> Record:
         sums = torch.tensor([record.exits, record.loss], dtype=torch.float64)

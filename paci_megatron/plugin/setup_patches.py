@@ -20,6 +20,7 @@ from paci_megatron.platform import cpu, shared_gpu
 from paci_megatron.platform.without_te import adapt_to_installed, check_installed
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.schedule.records import record_lag
 
 from . import emulation
 from . import run as runs
@@ -151,7 +152,8 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
                 return model, optimizer, scheduler
             process_groups = ProcessGroupCollection.use_mpu_process_groups()
             stage = Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)
-            stages, transport = [stage], ProcessTransport(args, stage)
+            lag = record_lag(pipeline.size(), get_num_microbatches(), args.paci_extra_in_flight)
+            stages, transport = [stage], ProcessTransport(args, stage, lag)
         run.start(stages, transport, optimizer)
         for line in describe(PaciConfig.from_args(args), args.clip_grad, get_num_microbatches()):
             print_first_rank(line)

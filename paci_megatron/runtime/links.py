@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,8 +98,8 @@ class _Sends:
 
     def send(self, tensor: torch.Tensor, destination: int) -> None:
         while len(self._sent) >= self._hold:
-            # Over NCCL it is the current stream that waits, not the host. The tensor was allocated for that stream, so
-            # whatever gets its memory afterwards is ordered behind the send, and needs no record_stream.
+            # Over NCCL it is the current stream that waits, not the host. torch records the tensor on NCCL's stream too, so
+            # its memory comes back when that stream has come past the last send queued so far: one or two sends later.
             self._sent.popleft()[1].wait()
         self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
 
@@ -126,29 +127,39 @@ class DirectOutgoing:
 
 
 class DirectIncoming:
-    """Receives tensors over the group's own backend, into buffers made when the receive is posted."""
+    """Receives tensors over the group's own backend, into a ring of buffers that stay.
+
+    torch records a received tensor on NCCL's stream, behind whatever is queued there: the receive that is posted ahead too.
+    If buffers were freed and made anew, their memory would come back that much later. A ring needs no such care: posting a
+    receive orders it behind all that the current stream has been given, and with it behind the last use of its buffer.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup, peer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        group: dist.ProcessGroup,
+        peer: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        ring: int,
     ) -> None:
-        """``peer`` is the sender's rank in the world."""
+        """``peer`` is the sender's rank in the world. ``ring`` is the most tensors that are posted or still in use."""
         self._group = group
         self._peer = peer
         self._shape, self._dtype, self._device = shape, dtype, device
+        self._ring: deque[torch.Tensor] = deque(maxlen=ring)
         self._posted: deque[tuple[torch.Tensor, Any]] = deque()
 
     def post(self) -> None:
         """See :class:`Incoming`."""
-        # NCCL's stream waits for the current one here, so memory that was freed earlier is free when data arrives. The
-        # buffer is held until the current stream has been made to wait for the data.
         buffer = self._buffer()
         self._posted.append((buffer, dist.irecv(buffer, src=self._peer, group=self._group)))
 
     def receive(self) -> torch.Tensor:
-        """See :class:`Incoming`."""
+        """See :class:`Incoming`. The tensor may be used until ``ring`` more have been posted."""
         buffer, work = self._posted.popleft()
         work.wait()
-        return buffer
+        return buffer.detach()  # a tensor of its own each time, over the same memory
 
     def drain(self) -> None:
         """See :class:`Incoming`."""
@@ -156,7 +167,12 @@ class DirectIncoming:
             raise RuntimeError(f"{len(self._posted)} receives posted across a drain: a bug in the plan")
 
     def _buffer(self) -> torch.Tensor:
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        """The buffer used longest ago, or one more while the ring is not full."""
+        if len(self._ring) == self._ring.maxlen:
+            self._ring.rotate(-1)
+        else:
+            self._ring.append(torch.empty(self._shape, dtype=self._dtype, device=self._device))
+        return self._ring[-1]
 
 
 class HostOutgoing(DirectOutgoing):
@@ -176,7 +192,7 @@ class HostIncoming(DirectIncoming):
 
     def receive(self) -> torch.Tensor:
         """See :class:`Incoming`."""
-        # The allocator keeps a pinned buffer from reuse until a copy out of it that is under way is done.
+        # The allocator keeps a pinned buffer from reuse until a copy out of it that is under way is done: no ring here.
         return super().receive().to(self._device, non_blocking=True)
 
     def _buffer(self) -> torch.Tensor:
@@ -184,24 +200,32 @@ class HostIncoming(DirectIncoming):
 
 
 class TensorPair:
-    """The :class:`~.tied_embeddings.TensorExchange` of two ranks, each direction on a process group of its own."""
+    """The :class:`~.tied_embeddings.TensorExchange` of two ranks: several groups for each direction, used in turn.
 
-    def __init__(self, to_other: Outgoing, from_other: Incoming) -> None:
+    A receive is posted updates before the other side sends. With CUDA_DEVICE_MAX_CONNECTIONS=1 a second one on the same
+    communicator would wait for it at the head of the device's only queue, and hold up all that is queued behind.
+    """
+
+    def __init__(self, to_other: Sequence[Outgoing], from_other: Sequence[Incoming]) -> None:
         self._to_other, self._from_other = to_other, from_other
+        self._sent = self._received = 0
 
     def send(self, tensor: torch.Tensor) -> None:
         """See :class:`~.tied_embeddings.TensorExchange`."""
-        self._to_other.send(tensor)
-        self._from_other.post()
+        self._to_other[self._sent % len(self._to_other)].send(tensor)
+        self._from_other[self._sent % len(self._from_other)].post()
+        self._sent += 1
 
     def receive(self) -> torch.Tensor:
         """See :class:`~.tied_embeddings.TensorExchange`."""
-        return self._from_other.receive()
+        self._received += 1
+        return self._from_other[(self._received - 1) % len(self._from_other)].receive()
 
     def drain(self) -> None:
         """See :class:`~.tied_embeddings.TensorExchange`."""
-        self._to_other.drain()
-        self._from_other.drain()
+        for outgoing, incoming in zip(self._to_other, self._from_other, strict=True):
+            outgoing.drain()
+            incoming.drain()
 
 
 class _Posted:

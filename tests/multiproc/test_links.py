@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from paci_megatron.schedule.schedules import lead_of_previous, max_in_flight
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated
-from tests.support.link_jobs import UPDATES, A, LinkResult
+from tests.support.link_jobs import EXTRA, UPDATES, A, LinkResult
 
 
 @pytest.mark.parametrize(("num_stages", "link"), [(2, "p2p"), (4, "p2p"), (4, "host")])
@@ -22,9 +23,21 @@ def test_each_direction_of_each_pair_has_a_group_of_its_own(pool: GetPool, num_s
     # Who sends on a group never receives on it, and both of its ranks use it.
     for rank, result in enumerate(results):
         for name, ranks, way in result.uses:
-            down = name in ("PACI_ACTIVATIONS", "PACI_TIED_FROM_FIRST")
+            down = name.startswith(("PACI_ACTIVATIONS", "PACI_TIED_FROM_FIRST"))
             if name != "PACI_RECORDS":
                 assert way == ("send" if (rank == ranks[0]) == down else "receive"), (rank, name, ranks)
+
+
+@pytest.mark.parametrize("num_stages", [4])
+def test_received_tensors_lie_in_rings_of_buffers_that_stay(pool: GetPool, num_stages: int) -> None:
+    results: list[LinkResult] = pool(num_stages).run("exchange_by_plan", link="p2p")
+    for stage, result in enumerate(results):
+        held = max_in_flight(stage, num_stages, EXTRA) + lead_of_previous(stage, num_stages, EXTRA)
+        for plan in (slice(0, UPDATES * A), slice(UPDATES * A, None)):
+            activations, gradients = (result.addresses.get(kind, [])[plan] for kind in ("F", "B"))
+            assert activations == (activations[:held] * UPDATES * A)[: UPDATES * A] if stage > 0 else not activations
+            assert len(set(activations)) == (held if stage > 0 else 0)
+            assert len(set(gradients)) == (1 if stage < num_stages - 1 else 0)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])

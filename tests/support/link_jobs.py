@@ -18,6 +18,7 @@ from paci_megatron.schedule import Kind, paci, with_transfers
 
 EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
+LAG = 2
 SHAPE = (4, 2, 8)
 TIED_SHAPE = (1024, 1024)  # large enough to be still under way when the other side is done
 
@@ -29,6 +30,7 @@ class LinkResult:
     created: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     uses: set[tuple[str, tuple[int, ...], str]] = field(default_factory=set)  # group, its ranks, "send" or "receive"
     received: int = 0
+    addresses: dict[str, list[int]] = field(default_factory=dict)  # of what was received, by the action it was for
     wrong: list[str] = field(default_factory=list)
 
 
@@ -61,6 +63,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         seq_length=SHAPE[0],
         micro_batch_size=SHAPE[1],
         decoder_seq_length=None,
+        distributed_backend="gloo",
         exit_signal_handler=False,
         exit_duration_in_mins=None,
         paci_fallback=0,
@@ -79,7 +82,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         tied_weight=lambda: weight if stage_index in (0, dist.get_world_size() - 1) else None,
     )
-    transport = ProcessTransport(args, stage)  # type: ignore[arg-type]  # what it needs of a stage
+    transport = ProcessTransport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
         stage_link = transport.link(stage_index, 2)
         _run_plan(result, stage_link, device)
@@ -124,6 +127,7 @@ def _compare(result: LinkResult, what: str, tensor: torch.Tensor | None, value: 
     if tensor is None:
         return
     result.received += 1
+    result.addresses.setdefault(what[0], []).append(tensor.data_ptr())
     if not torch.equal(tensor.detach().cpu().float(), torch.full(tensor.shape, float(value))):
         result.wrong.append(f"{what}: {tensor.flatten()[0]} for {value}")
 
