@@ -1,0 +1,104 @@
+"""The process groups between stages: NCCL's options, how they are made, and in which order they are first used."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from paci_megatron.plugin import groups
+from paci_megatron.plugin.groups import Direction, Wanted, create_groups, nccl_options, use_once
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's options as they are given to Megatron's function that makes them."""
+    monkeypatch.setattr(groups.parallel_state, "get_nccl_options", lambda name, configured: configured[name])
+
+
+def namespace(**changes: Any) -> argparse.Namespace:
+    values: dict[str, Any] = {
+        "distributed_backend": "nccl",
+        "paci_link": "p2p",
+        "paci_transfer_ctas": None,
+        "nccl_communicator_config_path": None,
+        "high_priority_stream_groups": [],
+    }
+    return argparse.Namespace(**{**values, **changes})
+
+
+def test_transfers_take_few_thread_blocks_and_have_priority(given: None) -> None:
+    assert nccl_options(namespace()) == {"is_high_priority_stream": True, "min_ctas": 1, "max_ctas": 4}
+    assert nccl_options(namespace(paci_transfer_ctas=2))["max_ctas"] == 2
+    assert nccl_options(namespace(paci_link="host")) is None, "transfers go over gloo"
+    assert nccl_options(namespace(distributed_backend="gloo")) is None
+
+
+def test_what_megatrons_options_say_of_the_pipelines_group_goes_before(given: None, tmp_path: Path) -> None:
+    path = tmp_path / "nccl.yaml"
+    path.write_text("dp:\n  max_ctas: 9\npp:\n  max_ctas: 8\n  cga_cluster_size: 2\n  is_high_priority_stream: false\n")
+    options = nccl_options(namespace(nccl_communicator_config_path=str(path)))
+    assert options == {"is_high_priority_stream": False, "min_ctas": 1, "max_ctas": 8, "cga_cluster_size": 2}
+    named = namespace(nccl_communicator_config_path=str(path), high_priority_stream_groups=["dp", "pp"])
+    assert nccl_options(named)["is_high_priority_stream"]
+    assert nccl_options(namespace(nccl_communicator_config_path=str(path), paci_transfer_ctas=2))["max_ctas"] == 2
+    path.write_text("dp:\n  max_ctas: 9\n")
+    assert nccl_options(namespace(nccl_communicator_config_path=str(path)))["max_ctas"] == 4
+
+
+def test_all_groups_are_made_at_once_in_one_order_and_only_those_over_nccl_have_its_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [Wanted("B", (1, 2)), Wanted("A", (2, 3)), Wanted("R", (0, 1, 2, 3), "gloo")]
+    gathered, made = [], []
+
+    def all_gather_object(found: list[Any], mine: Any) -> None:
+        gathered.append(mine)
+        found[:] = [mine, others]
+
+    def create_group(**named: Any) -> str:
+        made.append(named)
+        return f"{named['group_desc']} {named['ranks']}"
+
+    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(groups.dist, "all_gather_object", all_gather_object)
+    # Megatron's own function, which notes the group for --distributed-timeout-seconds-after-init.
+    monkeypatch.setattr(groups.parallel_state, "create_group", create_group)
+    mine = [Wanted("R", (0, 1, 2, 3), "gloo"), Wanted("B", (0, 1)), Wanted("A", (0, 1))]
+    assert create_groups(mine, 7, options="few") == ["R [0, 1, 2, 3]", "B [0, 1]", "A [0, 1]"]
+    assert len(gathered) == 1
+    order = [(named["group_desc"], *named["ranks"][:2], named["pg_options"]) for named in made]
+    few = [("A", 0, 1, "few"), ("A", 2, 3, "few"), ("B", 0, 1, "few"), ("B", 1, 2, "few")]
+    assert order == [*few, ("R", 0, 1, None)]
+    assert all(named["timeout"].total_seconds() == 420 for named in made)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 8, 9])
+def test_connections_are_made_in_two_steps_however_many_stages_there_are(
+    monkeypatch: pytest.MonkeyPatch, num_stages: int
+) -> None:
+    used: list[Direction] = []
+    monkeypatch.setattr(groups, "_use_once", lambda direction, device: used.append(direction))
+    ranks = [10 * stage for stage in range(num_stages)]
+    queues = []
+    for stage in range(num_stages):
+        pairs = [pair for pair in ((stage - 1, stage), (stage, stage + 1)) if pair[0] >= 0 and pair[1] < num_stages]
+        group: Any = SimpleNamespace()
+        directions = [Direction("ACTIVATIONS", group, ranks[before], ranks[after]) for before, after in pairs]
+        used.clear()
+        use_once(directions, ranks.index, torch.device("cpu"))
+        queues.append([(direction.sender // 10, direction.receiver // 10) for direction in used])
+    steps = 0
+    while any(queues):
+        heads = [queue[0] if queue else None for queue in queues]
+        ready = {pair for pair in heads if pair is not None and heads[pair[0]] == pair == heads[pair[1]]}
+        assert ready, f"all wait: {heads}"
+        for queue in queues:
+            if queue and queue[0] in ready:
+                queue.pop(0)
+        steps += 1
+    assert steps == min(num_stages - 1, 2)
