@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,6 +89,11 @@ def nccl_options(args: argparse.Namespace) -> Any:
     """
     if args.distributed_backend != "nccl" or args.paci_link == "host":
         return None
+    return parallel_state.get_nccl_options("pp", {"pp": _transfer_settings(args)})
+
+
+def _transfer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """In the form of ``--nccl-communicator-config-path``."""
     configured: dict[str, Any] = {}
     if args.nccl_communicator_config_path is not None:
         import yaml
@@ -99,7 +105,26 @@ def nccl_options(args: argparse.Namespace) -> Any:
     values = {"is_high_priority_stream": True, "min_ctas": 1, "max_ctas": DEFAULT_CTAS, **configured}
     if args.paci_transfer_ctas is not None:
         values |= {"min_ctas": 1, "max_ctas": args.paci_transfer_ctas}
-    return parallel_state.get_nccl_options("pp", {"pp": values})
+    return values
+
+
+_NORM_MARGINS = ("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN")
+
+
+def leave_room_for_transfers(args: argparse.Namespace) -> str | None:
+    """Let Transformer Engine's norms leave the multiprocessors that pending receives hold; returns a line for the log.
+
+    At some hidden sizes, such as 5120, 6144 and 8192, their kernels begin only when all the multiprocessors they ask for are
+    free, and would wait for the neighbour that a pending receive waits for. Two receives are pending as a rule, and a third
+    for a moment. To be called before the model is built. A margin that the user has set stays.
+    """
+    over_nccl = args.distributed_backend == "nccl" and args.paci_link != "host" and args.paci_emulate_stages is None
+    if not over_nccl or args.transformer_impl != "transformer_engine" or all(name in os.environ for name in _NORM_MARGINS):
+        return None
+    margin = str(3 * int(_transfer_settings(args)["max_ctas"]))
+    for name in _NORM_MARGINS:
+        os.environ.setdefault(name, margin)
+    return f"Transformer Engine's norms leave {margin} multiprocessors to transfers ({', '.join(_NORM_MARGINS)})"
 
 
 def use_once(directions: Sequence[Direction], place: Callable[[int], int], device: torch.device) -> None:

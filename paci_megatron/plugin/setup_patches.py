@@ -26,7 +26,7 @@ from . import emulation
 from . import run as runs
 from .checkpoints import check_load
 from .describe import describe
-from .groups import ProcessTransport
+from .groups import ProcessTransport, leave_room_for_transfers
 from .inputs import exit_on_config_error
 from .interval_timer import IntervalTimer
 from .layers import check_layers
@@ -135,6 +135,8 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
         runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
         run = Run(args, PaciConfig.from_args(args) if runs_plans else None)
         runs.set_current(run)
+        if args.pipeline_schedule == "paci" and (line := leave_room_for_transfers(args)) is not None:
+            print_first_rank(line)
         transport: Transport
         if run.emulates:
             stages, transport = emulation.build_stages(run, original, *positional, **named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from paci_megatron.plugin import groups
-from paci_megatron.plugin.groups import Direction, Wanted, create_groups, nccl_options, use_once
+from paci_megatron.plugin.groups import Direction, Wanted, create_groups, leave_room_for_transfers, nccl_options, use_once
+from paci_megatron.schedule import Kind
+from paci_megatron.schedule.schedules import sends_in_flight
+from tests.support.plans import plans_of
 
 
 @pytest.fixture
@@ -27,6 +31,8 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_transfer_ctas": None,
         "nccl_communicator_config_path": None,
         "high_priority_stream_groups": [],
+        "transformer_impl": "transformer_engine",
+        "paci_emulate_stages": None,
     }
     return argparse.Namespace(**{**values, **changes})
 
@@ -102,3 +108,43 @@ def test_connections_are_made_in_two_steps_however_many_stages_there_are(
                 queue.pop(0)
         steps += 1
     assert steps == min(num_stages - 1, 2)
+
+
+def test_norms_leave_room_for_pending_receives_unless_the_user_has_said_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert leave_room_for_transfers(namespace(transformer_impl="local")) is None
+    assert leave_room_for_transfers(namespace(distributed_backend="gloo")) is None
+    assert leave_room_for_transfers(namespace(paci_emulate_stages=4)) is None
+    monkeypatch.setenv(names[0], "20")
+    line = leave_room_for_transfers(namespace(paci_transfer_ctas=2))
+    assert line is not None and [os.environ[name] for name in names] == ["20", "6"]
+    assert leave_room_for_transfers(namespace()) is None
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("a", [1, 2, 4, 8])
+@pytest.mark.parametrize("extra_by_stages", [0, 1, -1], ids=["none", "one", "N-1"])
+def test_pending_transfers_never_hold_a_quarter_of_the_multiprocessors(
+    num_stages: int, a: int, extra_by_stages: int
+) -> None:
+    """However late the neighbours are, of an H100's 132. NCCL's default of 32 thread blocks each could take nearly all."""
+    extra = num_stages - 1 if extra_by_stages < 0 else extra_by_stages
+    receives, sends = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD), (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+    needed = {Kind.FORWARD: Kind.RECV_FORWARD, Kind.BACKWARD: Kind.RECV_BACKWARD}
+    worst = 0
+    for plan in plans_of(num_stages, a, updates=6, extra=extra):
+        pending = dict.fromkeys((*receives, *sends), 0)
+        for action in plan:
+            if action.kind in pending:
+                pending[action.kind] += 1
+            elif action.kind in needed:
+                # Its own data has come; and a send of which so many more have been made is done.
+                pending[needed[action.kind]] = max(pending[needed[action.kind]] - 1, 0)
+            for kind in sends:
+                pending[kind] = min(pending[kind], sends_in_flight(num_stages, extra))
+            worst = max(worst, sum(pending.values()))
+    assert 4 * worst <= 132 / 4 + 8 * extra
+    assert 32 * worst > 0.9 * 132
