@@ -31,6 +31,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_start_iteration": 0,
         "paci_fallback": 0,
         "paci_transfer_timeout": None,
+        "paci_transfer_ctas": None,
         "distributed_timeout_minutes": 10,
         "distributed_timeout_seconds_after_init": None,
         "paci_drain_interval": None,
@@ -97,6 +98,7 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
         ("paci_start_iteration", (-5,), r"0 \(off\) or a number of iterations"),
         ("paci_extra_in_flight", (-1,), "0 or a number of micro-batches"),
         ("paci_drain_interval", (0, -1), "at least 1 update"),
+        ("paci_transfer_ctas", (0, -4, 65), "1 to 64 thread blocks"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(name: str, values: tuple[float, ...], meaning: str, schedule: str) -> None:
