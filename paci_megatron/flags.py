@@ -62,12 +62,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused("--fp8-format", "fp8", *_QUANTIZED),
     Refused("--fp4-format", "fp4", *_QUANTIZED),
     Refused(
-        "--fine-grained-activation-offloading",
-        "fine_grained_activation_offloading",
-        "its buffers are reset at every flush",
-        "Use --recompute-granularity to save memory",
-    ),
-    Refused(
         "--num-distributed-optimizer-instances",
         "num_distributed_optimizer_instances",
         "its gradient statistics use groups that span stages",
@@ -101,9 +95,17 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "--hybrid-context-parallel", "hybrid_context_parallel", "transfers have one shape, fixed before training", _REMOVE
     ),
-    Refused("--adlr-autoresume", "adlr_autoresume", _EVERY_STAGE, _REMOVE),
     Refused(
-        "--inprocess-restart", "inprocess_restart", "micro-batches in flight do not survive a restart in process", _REMOVE
+        "--adlr-autoresume",
+        "adlr_autoresume",
+        "it saves and exits where all ranks are at the same iteration, and under paci they are at different ones",
+        "Use --exit-signal-handler or --exit-duration-in-mins, for which all stages drain first",
+    ),
+    Refused(
+        "--inprocess-restart",
+        "inprocess_restart",
+        "it starts training again in the same process, where the plan and the transfers of the failed run still are",
+        "Use torchrun --max-restarts, with --save and --load",
     ),
     Refused(
         "--exit-signal-handler-for-training",
@@ -117,7 +119,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused("--save-wgrads-interval", "save_wgrads_interval", _DUMPS, _REMOVE),
     Refused("--save-dgrads-interval", "save_dgrads_interval", _DUMPS, _REMOVE),
     Refused("--moe-routing-trace-path", "moe_routing_trace_path", _DUMPS, _REMOVE),
-    Refused("--moe-paged-stash", "moe_paged_stash", "its buffers are reset at every flush", _REMOVE),
     Refused(
         "--moe-expert-rank-capacity-factor",
         "moe_expert_rank_capacity_factor",
@@ -138,6 +139,10 @@ _GRAPHS = ("captured graphs replay a fixed order of micro-batches", "kernels are
 _GATHER = (
     "a backward between an update and the next forward would read half-gathered weights",
     "the distributed optimizer gathers them within its step",
+)
+_ACTIVATIONS = (
+    "its buffers are reset once an iteration, when Megatron's pipeline is empty",
+    "the activations stay on the GPU: add --recompute-granularity if they do not fit",
 )
 _COLLECTIVE = "it sums over all stages in every iteration"
 _DEVICE = "it waits for the device, and with it for other stages' transfers"
@@ -177,6 +182,10 @@ SWITCHED_OFF: tuple[SwitchedOff, ...] = (
         "a captured step cannot be guarded for tensors in flight",
         "its kernels are launched one by one",
     ),
+    SwitchedOff("--fine-grained-activation-offloading", "fine_grained_activation_offloading", False, *_ACTIVATIONS),
+    SwitchedOff("--delay-offload-until-cuda-graph", "delay_offload_until_cuda_graph", False, *_ACTIVATIONS),
+    SwitchedOff("--offload-modules", "offload_modules", [], *_ACTIVATIONS),
+    SwitchedOff("--moe-paged-stash", "moe_paged_stash", False, *_ACTIVATIONS),
     SwitchedOff("--rerun-mode", "rerun_mode", "disabled", "it keeps every batch and asks all ranks in every iteration"),
     SwitchedOff("--timing-log-level", "timing_log_level", 0, "its timers hold a barrier over all ranks"),
     SwitchedOff("--log-params-norm", "log_params_norm", False, _COLLECTIVE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,11 +44,15 @@ Function = Callable[..., Any]
 
 
 def wrap_add_megatron_arguments(original: Function) -> Function:
-    """Adds ``--pipeline-schedule`` and the ``--paci-*`` options."""
+    """Adds ``--pipeline-schedule`` and the ``--paci-*`` options, and lets ``--help`` print Megatron's."""
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        return add_paci_arguments(original(parser))
+        parser = add_paci_arguments(original(parser))
+        for action in parser._actions:  # a percent sign in a help text would be taken for a format and end --help
+            if action.help:
+                action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
+        return parser
 
     return add_megatron_arguments
 

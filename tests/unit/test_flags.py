@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lab.checks.flag_tables import GUIDE, with_tables
 from paci_megatron.config import ConfigError
 from paci_megatron.flags import REFUSED, SWITCHED_OFF, Refused, SwitchedOff, adapt_flags
 
@@ -96,3 +97,8 @@ def test_a_hybrid_pattern_of_several_chunks_a_stage_becomes_one_of_one() -> None
     (line,) = adapt_flags(args)
     assert args.hybrid_layer_pattern == "M-MM*|M-MM|-M|*M/M" and args.hybrid_layer_pattern in line
     assert adapt_flags(args) == []
+
+
+def test_the_guide_s_tables_are_those_of_the_code() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run python -m lab.checks.flag_tables"

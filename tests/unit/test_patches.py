@@ -145,3 +145,18 @@ def test_the_schedule_has_the_signature_of_megatrons_pipelining_functions() -> N
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     assert parameters(forward_backward_pipelining_paci) == parameters(forward_backward_pipelining_without_interleaving)
+
+
+def test_the_help_prints_megatrons_texts_whatever_percent_signs_they_have() -> None:
+    run(
+        """
+import argparse, paci_megatron
+paci_megatron.install()
+from megatron.training import arguments
+from paci_megatron.plugin.setup_patches import wrap_add_megatron_arguments
+assert "--paci-strict" in arguments.add_megatron_arguments(argparse.ArgumentParser()).format_help()
+other = argparse.ArgumentParser()
+other.add_argument("--share", default=3, help="50%% and 10% of %(default)s")
+assert "50% and 10% of 3" in wrap_add_megatron_arguments(lambda parser: parser)(other).format_help()
+"""
+    )
