@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .usage import UsageError
+
 SCHEDULES = ("1f1b", "paci")
 CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 LINKS = ("p2p", "host")
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A command line that cannot work; the message names the value, the constraint and the remedy."""
 
 

@@ -179,7 +179,7 @@ def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
 def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int) -> str:
     """PACI's line beside Megatron's log line: all stages' figures as far as they are known, up to ``of_iteration``."""
     fields = [f"grad norm: {total.norm:.3f} (of iteration {of_iteration})"]
-    if total.least_bubble <= total.most_bubble:
+    if not math.isnan(total.least_bubble):
         more = f" (up to {total.host_bound:.1%} more where a GPU waits for its host)" if total.host_bound >= 0.005 else ""
         fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest{more}")
     fields += [f"max drift: {total.max_drift:.0f}", f"skipped updates: {skipped}"]
@@ -189,7 +189,7 @@ def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int
 def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
     """For the metrics file."""
     of_iteration, total = known if known is not None else (None, Record())
-    has_bubble = total.least_bubble <= total.most_bubble
+    has_bubble = not math.isnan(total.least_bubble)
     return {
         "grad_norm": None if known is None else total.norm,
         "grad_norm_iteration": of_iteration,

@@ -120,13 +120,12 @@ class RunningPlan:
         meter = self.stage.meter
         if (self.begin + update) % self._log_interval == 0:
             meter.end_interval()
-        least, most = meter.bubbles
         loss = float(self.stage.readings.read("loss")) if self._watches_loss else 0.0
         return Record(
             exits=float(exit_wanted()),
             loss=loss,
-            least_bubble=least,
-            most_bubble=most,
+            least_bubble=meter.interval_bubble,
+            most_bubble=meter.interval_bubble,
             max_drift=float(meter.max_drift),
             host_bound=meter.host_bound_fraction,
         )

@@ -17,12 +17,17 @@ from .loss_scale import LossScale
 _MARGIN = 1e-6  # added to the norm when clipping, as Megatron does (core/optimizer/clip_grads.py)
 
 
+def _known(choose: Callable[[float, float], float], one: float, other: float) -> float:
+    """What is chosen of the two, or the one that is not NaN."""
+    return other if math.isnan(one) else one if math.isnan(other) else choose(one, other)
+
+
 class Record(NamedTuple):
     """Sums over a stage and the later ones, or in a total over all stages, for one window. Numbers only: it is sent.
 
     ``exits`` is how many ask to drain soon, so that Megatron can stop. The loss is the last stage's, and 0 unless watched.
-    Bubbles are those of the busiest and the idlest of these stages in the last complete log interval; the least is above
-    the most as long as there is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for
+    Bubbles are those of the busiest and the idlest of these stages in the last complete log interval, NaN as long as there
+    is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for
     its host while it counted as computing.
     """
 
@@ -30,8 +35,8 @@ class Record(NamedTuple):
     num_tokens: float = 0.0
     exits: float = 0.0
     loss: float = 0.0
-    least_bubble: float = 1.0
-    most_bubble: float = 0.0
+    least_bubble: float = math.nan
+    most_bubble: float = math.nan
     max_drift: float = 0.0
     host_bound: float = 0.0
 
@@ -42,8 +47,8 @@ class Record(NamedTuple):
             self.num_tokens + later.num_tokens,
             self.exits + later.exits,
             self.loss + later.loss,
-            min(self.least_bubble, later.least_bubble),
-            max(self.most_bubble, later.most_bubble),
+            _known(min, self.least_bubble, later.least_bubble),
+            _known(max, self.most_bubble, later.most_bubble),
             max(self.max_drift, later.max_drift),
             max(self.host_bound, later.host_bound),
         )

@@ -94,9 +94,11 @@ class Executor:
             action, self._next = self._next, None
             self.current, self.since_s = action, time.monotonic()
             self._listener.begin(action)
-            result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
-            if result is None:
-                self._perform[action.kind](action.index)
+            # A range of this name in PyTorch's profiler and in nsys.
+            with torch.profiler.record_function(str(action)):
+                result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
+                if result is None:
+                    self._perform[action.kind](action.index)
             self._listener.end()
             self.finished, self.current = action, None
             if result is not None:

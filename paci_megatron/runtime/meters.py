@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ class StageMeter:
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._interval_since = self._interval_busy_s = 0.0
         self._interval_host_bound_s = self.host_bound_fraction = 0.0
-        self._interval_bubble: float | None = None
+        self._interval_bubble = math.nan
         self.restart()
 
     def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
@@ -111,10 +112,9 @@ class StageMeter:
         self._interval_since, self._interval_busy_s, self._interval_host_bound_s = now, busy_s, host_bound_s
 
     @property
-    def bubbles(self) -> tuple[float, float]:
-        """The least and the most bubble fraction of the last log interval; (1, 0) if none has ended yet."""
-        bubble = self._interval_bubble
-        return (1.0, 0.0) if bubble is None else (bubble, bubble)
+    def interval_bubble(self) -> float:
+        """The bubble fraction of the last log interval; NaN if none has ended yet."""
+        return self._interval_bubble
 
     @property
     def max_drift(self) -> int:
@@ -147,4 +147,4 @@ class StageMeter:
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
         self._since = self._interval_since = time.perf_counter()
         self._interval_busy_s = self._interval_host_bound_s = self.host_bound_fraction = 0.0
-        self._interval_bubble = None
+        self._interval_bubble = math.nan

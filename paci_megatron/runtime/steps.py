@@ -57,13 +57,15 @@ class OptimizerSteps:
         if self._counts_by_group and self._tied_ahead:
             for group, count in zip(self._groups, counts, strict=True):
                 group["step"] = (count or 0) + self._tied_ahead
-        yield
-        for group, count in zip(self._groups, counts, strict=True):
-            self._counts_by_group |= "step" in group
-            if count is not None:
-                group["step"] = count
-            else:
-                group.pop("step", None)
+        try:
+            yield
+        finally:
+            for group, count in zip(self._groups, counts, strict=True):
+                self._counts_by_group |= "step" in group
+                if count is not None:
+                    group["step"] = count
+                else:
+                    group.pop("step", None)
 
 
 @contextlib.contextmanager
@@ -77,9 +79,11 @@ def _without_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     ]
     for parameter, name, _ in kept:
         setattr(parameter, name, None)
-    yield
-    for parameter, name, gradient in kept:
-        setattr(parameter, name, gradient)
+    try:
+        yield
+    finally:
+        for parameter, name, gradient in kept:
+            setattr(parameter, name, gradient)
 
 
 def is_part_of(parameter: torch.Tensor, weight: torch.nn.Parameter) -> bool:

@@ -44,8 +44,10 @@ class WeightVersions:
             return
         newest = self._copy()
         self._put(self._copies[version])
-        yield
-        self._put(newest)
+        try:
+            yield
+        finally:
+            self._put(newest)
 
     def begin_update(self, in_flight: Iterable[InFlight]) -> None:
         """The newest version is about to be replaced: keep a copy if one in flight or yet to come needs it."""

@@ -111,8 +111,10 @@ class StageTrace:
     def performing(self, action: Action) -> Iterator[None]:
         """All of ``action`` happens inside, and waits for nothing."""
         self.begin(action)
-        yield
-        self.end()
+        try:
+            yield
+        finally:
+            self.end()
 
     def listen_to_layers(self, layers: Sequence[torch.nn.Module]) -> None:
         """Measure each of the stage's transformer layers, from now on. They know their numbers in the whole model."""
