@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="the prefix of a .bin/.idx, or text: .jsonl, .json (JSON Lines), .parquet, any other as plain text",
+        help="the prefix of a .bin/.idx, or text as preprocess_data.py reads it: JSON Lines, Parquet, plain text",
     )
     # Not argparse's choices: a wrong value is refused like any other that cannot work.
     parser.add_argument("--task", default="perplexity", metavar="perplexity|lambada", help="what to measure")

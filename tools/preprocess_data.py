@@ -71,8 +71,8 @@ def _add_corpus_arguments(group: Any) -> None:
         "--input",
         nargs="+",
         required=True,
-        help="files (.jsonl, .json: JSON Lines; .parquet; any other: UTF-8 text), quoted patterns, a folder "
-        "with files of one of these kinds or written by save_to_disk, or the name of a Hugging Face data set",
+        help="files (JSON Lines, Parquet or UTF-8 text, by what is in them; gz, bz2, xz or zst too), quoted patterns, a "
+        "folder with files of one of these kinds or written by save_to_disk, or the name of a Hugging Face data set",
     )
     group.add_argument("--json-key", default="text", help="key or column that holds the text (default: text)")
     group.add_argument(
@@ -145,6 +145,7 @@ def _progress(documents: Iterable[Document]) -> Iterable[Document]:
 
 
 def _report(stats: dict[str, Any], prefix: str) -> None:
+    print(f"read: {stats['read']}")
     for name, counts in stats["splits"].items():
         numbers = ", ".join(f"{value:,} {key.removeprefix('num_')}" for key, value in counts.items())
         print(f"{prefix}_{name}_document: {numbers}")

@@ -1,4 +1,4 @@
-"""Documents of a corpus, one at a time: plain text, JSON Lines, Parquet, Hugging Face data sets.
+"""Documents of a corpus, one at a time: plain text, JSON Lines, Parquet, Hugging Face data sets. Files may be compressed.
 
 Every reader is a generator that holds one document (Parquet: one batch of rows), so that memory does not grow
 with the corpus. The order of the documents depends on nothing but the options and the data.
@@ -6,25 +6,16 @@ with the corpus. The order of the documents depends on nothing but the options a
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from paci_megatron.data import DataError
+from paci_megatron.data.sources import BOM, MAX_DOCUMENT_BYTES, Source, find_sources, open_binary, parse_json, reading
 
 SPLIT_DOCUMENTS = ("file", "line", "blank-line")
 
-# A document is tokenized in one piece; SentencePiece takes some 50 bytes of memory per byte of text.
-MAX_DOCUMENT_BYTES = 64 << 20
-
-_KIND_OF_SUFFIX = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
-# In a directory `.json` is more often metadata than JSON Lines, so there it has to be named.
-_DIRECTORY_SUFFIXES = (".jsonl", ".parquet", ".txt")
-_COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _PARQUET_BATCH_ROWS = 256
 
 
@@ -34,13 +25,6 @@ class Document(NamedTuple):
     text: str
     origin: str
     num_bytes: int
-
-
-class Source(NamedTuple):
-    """A file (kind text, jsonl or parquet), a directory `saved` by `datasets`, or a name on the `hub`."""
-
-    kind: str
-    location: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +37,12 @@ class CorpusOptions:
     dataset_config: str | None = None
     dataset_split: str = "train"
 
-
-def find_sources(options: CorpusOptions) -> list[Source]:
-    """The files and data sets that `options.inputs` stand for, in the order they are read.
-
-    DataError if one is missing, matches nothing, is of no known kind, or is named twice. Reads no data.
-    """
-    if options.split_documents not in SPLIT_DOCUMENTS:
-        allowed = ", ".join(SPLIT_DOCUMENTS)
-        raise DataError(f"--split-documents {options.split_documents}: must be one of {allowed}")
-    sources = [source for value in options.inputs for source in _sources_of(value)]
-    seen: set[str] = set()
-    for source in sources:
-        name = source.location if source.kind == "hub" else str(Path(source.location).resolve())
-        if name in seen:
-            # The copies could fall on both sides of the held-out split.
-            raise DataError(f"--input: {source.location} is named more than once; name each file once")
-        seen.add(name)
-    return sources
+    def sources(self) -> list[Source]:
+        """What `inputs` stand for, as :func:`find_sources` says."""
+        if self.split_documents not in SPLIT_DOCUMENTS:
+            allowed = ", ".join(SPLIT_DOCUMENTS)
+            raise DataError(f"--split-documents {self.split_documents}: must be one of {allowed}")
+        return find_sources(self.inputs, self.json_key)
 
 
 def iter_documents(sources: Iterable[Source], options: CorpusOptions) -> Iterator[Document]:
@@ -84,66 +56,6 @@ def iter_documents(sources: Iterable[Source], options: CorpusOptions) -> Iterato
             yield from _read_text(source.location, options.split_documents)
         else:
             yield from _read_dataset(source, options)
-
-
-def _sources_of(value: str) -> list[Source]:
-    path = Path(value).expanduser()
-    if path.is_file():
-        return [_file_source(path)]
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [Source("saved", str(path))]
-        return _directory_sources(path)
-    if path.exists():
-        raise DataError(f"--input {value}: not a regular file, and it may have to be read twice; save it first")
-    if glob.has_magic(value):
-        matches = (Path(name) for name in sorted(glob.glob(str(path), recursive=True)))
-        files = [file for file in matches if file.is_file()]
-        if not files:
-            raise DataError(f"--input {value}: no file matches; correct the pattern")
-        return [_file_source(file) for file in files]
-    if _looks_like_a_path(value):
-        raise DataError(f"--input {value}: no such file or directory; correct the path")
-    return [Source("hub", value)]
-
-
-def _looks_like_a_path(value: str) -> bool:
-    """Whether a missing input is a mistyped path, so that the hub need not be asked for it."""
-    path = Path(value)
-    known_suffix = path.suffix in _KIND_OF_SUFFIX or path.suffix in _COMPRESSED_SUFFIXES
-    if known_suffix or value.startswith(("/", ".", "~")):
-        return True
-    # A name on the hub is `name` or `owner/name`.
-    return len(path.parts) > 2 or Path(path.parts[0]).is_dir()
-
-
-def _file_source(path: Path) -> Source:
-    if path.suffix in _COMPRESSED_SUFFIXES:
-        raise DataError(f"--input {path}: compressed files are not read; decompress it first")
-    return Source(_KIND_OF_SUFFIX.get(path.suffix, "text"), str(path))
-
-
-def _directory_sources(path: Path) -> list[Source]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in _DIRECTORY_SUFFIXES and file.is_file())
-    kinds = sorted({file.suffix for file in files})
-    if len(kinds) != 1:
-        found = f"{' and '.join(kinds)} files" if kinds else f"no {', '.join(_DIRECTORY_SUFFIXES)} file"
-        example = f"'{path}/**/*{kinds[0] if kinds else '.md'}'"
-        raise DataError(f"--input {path}: holds {found}; say which to read, for example --input {example}")
-    return [_file_source(file) for file in files]
-
-
-@contextmanager
-def _reading(name: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Turns what a reader's library raises into a DataError that names the input."""
-    try:
-        yield
-    except DataError:
-        raise
-    except errors as error:
-        detail = error.strerror if isinstance(error, OSError) and error.strerror else error
-        remedy = "check its name, and that it is complete"
-        raise DataError(f"--input {name}: cannot be read: {detail}; {remedy}") from error
 
 
 def _decode(data: bytes, origin: str) -> str:
@@ -175,8 +87,9 @@ def _document(text: str, origin: str) -> Document:
 
 def _read_text(path: str, split_documents: str) -> Iterator[Document]:
     if split_documents == "file":
-        with _reading(path), open(path, "rb") as file:
-            yield _document(_decode(file.read(MAX_DOCUMENT_BYTES + 1), path), path)
+        with reading(path), open_binary(path) as file:
+            data = file.read(MAX_DOCUMENT_BYTES + len(BOM) + 1)
+        yield _document(_decode(data.removeprefix(BOM), path), path)
     elif split_documents == "line":
         for origin, line in _lines(path):
             yield _document(line.rstrip("\r\n"), origin)
@@ -186,12 +99,12 @@ def _read_text(path: str, split_documents: str) -> Iterator[Document]:
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
     """(file:line, the line with its end) of every line."""
-    with _reading(path), open(path, "rb") as file:
-        number = 0
+    number = 0
+    with reading(path), open_binary(path) as file:
         # The limit keeps a file without line ends from being read whole.
         while line := file.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
-            yield f"{path}:{number}", _decode(line, f"{path}:{number}")
+            yield f"{path}:{number}", _decode(line.removeprefix(BOM) if number == 1 else line, f"{path}:{number}")
 
 
 def _read_paragraphs(path: str) -> Iterator[Document]:
@@ -217,7 +130,10 @@ def _read_jsonl(path: str, key: str) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Files that were joined have the mark of a beginning in the middle.
+            row = parse_json(line.removeprefix("\ufeff"))
+        except RecursionError as error:
+            raise DataError(f"{origin}: nested too deep to be read; leave out all but the text") from error
         except json.JSONDecodeError as error:
             detail = f"{error.msg} at column {error.colno}"
             raise DataError(f"{origin}: not valid JSON ({detail}); put one object on each line") from error
@@ -240,7 +156,7 @@ def _read_parquet(path: str, key: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    with _reading(path, (OSError, pyarrow.ArrowException)), pyarrow.parquet.ParquetFile(path) as file:
+    with reading(path, (OSError, pyarrow.ArrowException)), pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         # Only this column is read from disk; without it, the check of the first row names those that exist.
         columns = [key] if key in names else names
@@ -257,7 +173,7 @@ def _read_dataset(source: Source, options: CorpusOptions) -> Iterator[Document]:
     import pyarrow
 
     # `datasets` has no one error class: these are for an unknown split, a bad file, a missing network.
-    with _reading(source.location, (OSError, ValueError, RuntimeError, pyarrow.ArrowException)):
+    with reading(source.location, (OSError, ValueError, RuntimeError, pyarrow.ArrowException)):
         if source.kind == "saved":
             dataset = datasets.load_from_disk(source.location)
         else:

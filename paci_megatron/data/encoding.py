@@ -44,8 +44,8 @@ class Encoder:
         self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
 
     def __call__(self, chunk: list[Document]) -> Encoded:
-        """The ids of a chunk of at least one document."""
-        ids = [np.array(self._encode(document.text), dtype=self.dtype) for document in chunk]
+        """The ids of a chunk of at least one document; DataError if one cannot be tokenized."""
+        ids = [np.array(self._encode(document), dtype=self.dtype) for document in chunk]
         return Encoded(
             np.concatenate(ids),
             [len(array) for array in ids],
@@ -53,12 +53,28 @@ class Encoder:
             [document.num_bytes for document in chunk],
         )
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.tokenize(text) if text else []
+    def _encode(self, document: Document) -> list[int]:
+        ids = token_ids(self.tokenizer, document.text, document.origin)
         # Some Hugging Face tokenizers end every text with this token by themselves.
         if ids and self.eod is not None and ids[-1] != self.eod:
             ids.append(self.eod)
         return ids
+
+
+def token_ids(tokenizer: Any, text: str, origin: str) -> list[int]:
+    """The ids of a text; DataError, with where it came from, if it cannot be tokenized or has ids that no model would know.
+
+    Models are made with as many ids as the tokenizer says it has, `vocab_size`.
+    """
+    try:
+        ids: list[int] = tokenizer.tokenize(text) if text else []
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise DataError(f"{origin}: cannot be tokenized: {error}; correct the text, or use another tokenizer") from error
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        wrong = max(ids) if min(ids) >= 0 else min(ids)
+        named = f"token id {wrong} is outside the {tokenizer.vocab_size} that the tokenizer says it has"
+        raise DataError(f"{origin}: {named}; use another tokenizer, or correct its files")
+    return ids
 
 
 def chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:

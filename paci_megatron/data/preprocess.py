@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from paci_megatron.data import DataError
-from paci_megatron.data.corpus import CorpusOptions, Document, Source, find_sources, iter_documents
+from paci_megatron.data.corpus import CorpusOptions, Document, iter_documents
 from paci_megatron.data.encoding import Encoder, chunked, encode_in_order
+from paci_megatron.data.sources import Source, describe
 from paci_megatron.data.staging import Staging
 from paci_megatron.data.tokenizers import (
     GPT2_BPE,
@@ -98,7 +99,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = iter) -> dict[st
     then, as after any other exception, there is no new output and earlier ones are as they were.
     """
     options.validate()
-    sources = find_sources(options.corpus)
+    sources = options.corpus.sources()
     _refuse_own_output(sources, options.output_prefix)
     with Staging(options.output_prefix) as staging:
         staged, published = _make_tokenizer(options, sources, staging, progress)
@@ -113,6 +114,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = iter) -> dict[st
                 raise _empty_error(name, options)
             writer.finish()
         stats = {
+            "read": describe(sources),
             "vocab_size": tokenizer.vocab_size,
             "eod": eod,
             "tokenizer_flags": published.training_flags(),

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from paci_megatron.data import DataError
-from paci_megatron.data.corpus import SPLIT_DOCUMENTS, CorpusOptions, Document, Source, find_sources, iter_documents
+from paci_megatron.data.corpus import SPLIT_DOCUMENTS, CorpusOptions, Document, iter_documents
+from paci_megatron.data.encoding import token_ids
+from paci_megatron.data.sources import Source, describe
 from paci_megatron.data.tokenizers import end_of_document
 
 from .text import DETOKENIZERS, ROW_RULES, WORD_RULES, arrange_rows, count_words, detokenizer
@@ -87,11 +89,16 @@ def find_text(options: TextOptions) -> Iterable[Document]:
 
 def _sources(options: TextOptions) -> tuple[CorpusOptions, list[Source]]:
     corpus = CorpusOptions(inputs=options.inputs, json_key=options.json_key, split_documents=options.split_documents)
-    sources = find_sources(corpus)
+    sources = corpus.sources()
     for source in sources:
         if source.kind == "hub":
             raise DataError(f"--input {source.location}: no such file, nor a {source.location}.idx; correct the path")
     return corpus, sources
+
+
+def describe_inputs(options: TextOptions) -> str:
+    """How many files of which kind are read as text."""
+    return describe(_sources(options)[1])
 
 
 def appends_eod(options: TextOptions) -> bool:
@@ -113,8 +120,8 @@ def read_text(options: TextOptions, tokenizer: Any, progress: Progress = iter) -
     documents: list[np.ndarray] = []
     num_words = num_bytes = 0
     for document in progress(find_text(options)):
-        ids = tokenizer.tokenize(undo(arrange_rows(document.text, options.rows))) if document.text else []
-        if ids and appends and ids[-1] != eod:
+        ids = token_ids(tokenizer, undo(arrange_rows(document.text, options.rows)), document.origin)
+        if ids and eod is not None and appends and ids[-1] != eod:
             ids.append(eod)
         if ids:
             documents.append(np.array(ids, dtype=np.int32))

@@ -117,6 +117,7 @@ def _protocol(options: EvaluationOptions, args: argparse.Namespace) -> dict[str,
     return {
         "task": options.task,
         "input": list(text.inputs),
+        "read": corpus.describe_inputs(text) if not options.prefixes else None,
         "context": args.seq_length,
         "stride": (options.stride or args.seq_length) if slides else None,
         "rows": text.rows if reads_text else None,
@@ -161,7 +162,7 @@ def _read(options: EvaluationOptions, args: argparse.Namespace) -> Material:
     text, context = options.text, args.seq_length
     tokenizer: Any = _build_tokenizer(args) if options.needs_tokenizer else None
     if options.task == "lambada":
-        examples = lambada.last_words(corpus.find_text(text), tokenizer.tokenize, tokenizer.eod, context)
+        examples = lambada.last_words(corpus.find_text(text), tokenizer, context)
         count, num_tokens = len(examples.streams), sum(map(len, examples.streams))
         material = Material(examples.streams, examples.windows, num_tokens, count, count, examples.num_bytes)
     else:

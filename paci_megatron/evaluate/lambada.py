@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from paci_megatron.data import DataError
 from paci_megatron.data.corpus import Document
+from paci_megatron.data.encoding import token_ids
 
 from .windows import Window, ending_window
 
@@ -24,9 +25,7 @@ class Examples(NamedTuple):
     num_bytes: int
 
 
-def last_words(
-    documents: Iterable[Document], tokenize: Callable[[str], list[int]], eod: int | None, context: int
-) -> Examples:
+def last_words(documents: Iterable[Document], tokenizer: Any, context: int) -> Examples:
     """An example of each document; the word's tokens are those in which the text differs from the text before the word.
 
     A passage longer than ``context`` keeps its end. ``DataError`` for a passage of one word, or a word beyond ``context``.
@@ -36,9 +35,9 @@ def last_words(
     num_bytes = 0
     for text, origin, _ in documents:
         word = _LAST_WORD.search(text)
-        before = tokenize(text[: word.start()]) if word else []
-        ids = tokenize(text.rstrip())
-        if ids and ids[-1] == eod:
+        before = token_ids(tokenizer, text[: word.start()], origin) if word else []
+        ids = token_ids(tokenizer, text.rstrip(), origin)
+        if ids and ids[-1] == tokenizer.eod:
             ids.pop()  # some tokenizers end every text with it
         shared = _common_length(before, ids)
         if not word or not shared or shared == len(ids):

@@ -69,4 +69,6 @@ def table(result: dict[str, Any]) -> str:
         if key in shown:
             value = shown[key]
             lines.append(f"{label:24}{'-' if value is None else form.format(value):>16}")
+    if result.get("read"):
+        lines.append(f"read: {result['read']}")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from paci_megatron.config import ConfigError
-from paci_megatron.data import DataError
+from paci_megatron.data import DataError, encoding
 from paci_megatron.data.corpus import Document
 from paci_megatron.evaluate import EvaluationError
 from paci_megatron.evaluate.checkpoint_args import (
@@ -28,7 +28,7 @@ from paci_megatron.evaluate.checkpoint_args import (
     check_checkpoint,
     model_arguments,
 )
-from paci_megatron.evaluate.corpus import TextOptions, appends_eod, read_indexed, read_text
+from paci_megatron.evaluate.corpus import TextOptions, appends_eod, find_text, read_indexed, read_text
 from paci_megatron.evaluate.evaluator import _no_exit
 from paci_megatron.evaluate.lambada import last_words
 from paci_megatron.evaluate.report import figures, table
@@ -46,6 +46,7 @@ class Letters:
     """A tokenizer with a token for each letter, and for a space with the letter after it, as GPT-2's has."""
 
     eod = EOD
+    vocab_size = 2000
 
     def tokenize(self, text: str) -> list[int]:
         ids = []
@@ -262,7 +263,7 @@ def documents(*texts: str) -> list[Document]:
 
 
 def test_last_words_are_the_tokens_that_the_text_before_lacks() -> None:
-    examples = last_words(documents("the sky is blue\n", "say  né"), Letters().tokenize, EOD, context=100)
+    examples = last_words(documents("the sky is blue\n", "say  né"), Letters(), context=100)
     for stream, window, word in zip(examples.streams, examples.windows, (" blue", " né"), strict=True):
         assert window.end == len(stream) - 1
         assert stream[window.begin + window.first_scored + 1 :].tolist() == Letters().tokenize(word)
@@ -270,17 +271,16 @@ def test_last_words_are_the_tokens_that_the_text_before_lacks() -> None:
 
 
 def test_long_passages_keep_their_end() -> None:
-    (window,) = last_words(documents("abcdefgh ij"), Letters().tokenize, EOD, context=4).windows
+    (window,) = last_words(documents("abcdefgh ij"), Letters(), context=4).windows
     assert window == Window(0, 5, 9, 2)
 
 
 def test_a_token_that_ends_every_text_is_no_part_of_the_word() -> None:
-    def with_eod(text: str) -> list[int]:
-        return [*Letters().tokenize(text), EOD]
+    class Ending(Letters):
+        def tokenize(self, text: str) -> list[int]:
+            return [*super().tokenize(text), EOD]
 
-    (plain,), (ended,) = (
-        last_words(documents("ab cd"), tokenize, EOD, 10).streams for tokenize in (Letters().tokenize, with_eod)
-    )
+    (plain,), (ended,) = (last_words(documents("ab cd"), made, 10).streams for made in (Letters(), Ending()))
     assert plain.tolist() == ended.tolist()
 
 
@@ -289,7 +289,41 @@ def test_a_token_that_ends_every_text_is_no_part_of_the_word() -> None:
 )
 def test_passages_without_context_or_with_a_word_beyond_it_are_refused(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        last_words(documents(text), Letters().tokenize, EOD, context=4)
+        last_words(documents(text), Letters(), context=4)
+
+
+class Gaps(Letters):
+    """Says that it has fewer ids than it gives, as tokenizers with holes in their vocabulary do."""
+
+    vocab_size = 99
+
+
+class Numbers(Letters):
+    """Takes numbers alone, as Megatron's NullTokenizer does."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (Gaps(), "a.jsonl:2: token id 1099 is outside the 99 that the tokenizer says it has; use another tokenizer"),
+        (Numbers(), "a.jsonl:1: cannot be tokenized: invalid literal for int"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_named(tmp_path: Path, tokenizer: Any, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n{"text": "a c"}\n')
+    options = TextOptions((str(tmp_path / "a.jsonl"),))
+    if isinstance(tokenizer, Gaps):
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a c"}\n')
+    with pytest.raises(DataError, match=message):
+        read_text(options, tokenizer)
+    with pytest.raises(DataError, match=message.replace("1:", "[12]:")):
+        encoding.Encoder(tokenizer, None)(list(find_text(options)))
+    if isinstance(tokenizer, Numbers):
+        with pytest.raises(DataError, match=message):
+            last_words(find_text(options), tokenizer, 10)
 
 
 def test_figures() -> None:

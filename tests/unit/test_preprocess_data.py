@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import bz2
+import codecs
 import errno
+import gzip
 import io
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,8 @@ import numpy as np
 import pytest
 
 from paci_megatron.data import DataError, corpus, encoding, preprocess, tokenizers
-from paci_megatron.data.corpus import CorpusOptions, Document, find_sources, iter_documents
+from paci_megatron.data.corpus import CorpusOptions, Document, iter_documents
+from paci_megatron.data.sources import describe
 from paci_megatron.data.staging import Staging
 from paci_megatron.data.training_data import check_training_files
 from tools import preprocess_data
@@ -117,7 +123,8 @@ def test_reports_the_counts_and_the_training_flags(
     prefix = tmp_path / "out"
     assert run("--input", data, "--output-prefix", prefix, "--held-out-fraction", 0.3, model=model) == 0
     out, err = capsys.readouterr()
-    train, valid, flags = out.splitlines()
+    files, train, valid, flags = out.splitlines()
+    assert files == "read: 1 JSON Lines file"
     assert train.startswith(f"{prefix}_train_document: ")
     assert valid.startswith(f"{prefix}_valid_document: ")
     assert flags == (
@@ -301,7 +308,7 @@ def test_every_kind_of_directory_has_the_same_tokens(
 
 def texts_of(*inputs: object, **options: str) -> list[str]:
     chosen = CorpusOptions(tuple(map(str, inputs)), **options)
-    return [document.text for document in iter_documents(find_sources(chosen), chosen)]
+    return [document.text for document in iter_documents(chosen.sources(), chosen)]
 
 
 def test_patterns_files_and_keys(tmp_path: Path) -> None:
@@ -339,13 +346,143 @@ def test_a_name_is_streamed_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [("openwebtext", "plain", "train[:1]", True)]
 
 
+ROWS = b'{"text": "hello world"}\n{"text": "second line"}\n'
+TWO = ["hello world", "second line"]
+PLAIN = b"hello world\nsecond line\n"
+
+
+def zstd(content: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def tar(content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(content))
+    return packed.getvalue()
+
+
+FILES: dict[str, tuple[str, bytes, list[str]]] = {
+    # JSON Lines, whatever the name ends in
+    "ndjson": ("data.ndjson", ROWS, TWO),
+    "jsonlines": ("data.jsonlines", ROWS, TWO),
+    "upper case": ("DATA.JSONL", ROWS, TWO),
+    "no ending": ("part-00000", ROWS, TWO),
+    "two endings": ("data.jsonl.txt", ROWS, TWO),
+    "another": ("data.log", b"\n  " + ROWS, TWO),
+    "one row": ("part-00001", ROWS.splitlines()[0], TWO[:1]),
+    "long row": ("part-00002", json.dumps({"text": "x } " * 5000}).encode() + b"\n" + ROWS, ["x } " * 5000, *TWO]),
+    "key last": ("part", b'{"id": {"a": [1, 2]}, "text": "a"}\n', ["a"]),
+    # Text that only looks like it
+    "JSON without the key": ("package.txt", b'{"name": "x"}\n', ['{"name": "x"}\n']),
+    "pretty JSON": ("package.txt", b'{\n  "text": "x"\n}\n', ['{\n  "text": "x"\n}\n']),
+    "braces": ("a.txt", b"{text} and\n{more}\n", ["{text} and\n{more}\n"]),
+    "one row, then text": ("a.md", ROWS[:24] + b"and text", [ROWS[:24].decode() + "and text"]),
+    "list": ("a.txt", b'["text"]\n', ['["text"]\n']),
+    # Byte order marks
+    "bom in JSON": ("bom.jsonl", codecs.BOM_UTF8 + ROWS, TWO),
+    "bom in JSON without ending": ("bom", codecs.BOM_UTF8 + ROWS, TWO),
+    "joined files with bom": ("bom.jsonl", (codecs.BOM_UTF8 + ROWS) * 2, TWO * 2),
+    "bom in text": ("bom.txt", codecs.BOM_UTF8 + PLAIN, [PLAIN.decode()]),
+    "only a bom": ("bom.txt", codecs.BOM_UTF8, [""]),
+    # Compressed
+    "gz": ("a.jsonl.gz", gzip.compress(ROWS), TWO),
+    "gz of several": ("a.jsonl.gz", gzip.compress(ROWS) + gzip.compress(ROWS), TWO * 2),
+    "zst": ("a.jsonl.zst", zstd(ROWS), TWO),
+    "zst of several": ("a.jsonl.zst", zstd(ROWS) + zstd(ROWS), TWO * 2),
+    "bz2": ("a.ndjson.bz2", bz2.compress(ROWS), TWO),
+    "xz": ("a.json.xz", lzma.compress(ROWS), TWO),
+    "compressed text": ("a.txt.GZ", gzip.compress(PLAIN), [PLAIN.decode()]),
+    "compressed without a name for it": ("part-00003", gzip.compress(ROWS), TWO),
+    "named as if compressed": ("a.jsonl.gz", ROWS, TWO),
+    # Numbers
+    "large integer": ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}\n", ["a"]),
+    "negative one": ("a.jsonl", b'{"id": [-' + b"7" * 9000 + b'], "text": "a"}\n', ["a"]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), FILES.values(), ids=list(FILES))
+def test_what_a_file_holds_decides_how_it_is_read(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert texts_of(tmp_path / name) == expected
+    assert texts_of(tmp_path / "[a-zA-Z]*") == expected
+
+
+def test_lines_of_a_file_with_a_bom(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + PLAIN)
+    assert texts_of(tmp_path / "a.txt", split_documents="line") == TWO
+    assert texts_of(tmp_path / "a.txt", split_documents="blank-line") == ["\n".join(TWO)]
+
+
+FOLDERS: dict[str, tuple[dict[str, bytes], int, str]] = {
+    "compressed shards": (
+        {"a.jsonl": ROWS, "b.jsonl.gz": gzip.compress(ROWS), "c.jsonl.zst": zstd(ROWS)},
+        6,
+        "3 JSON Lines files",
+    ),
+    "several endings": ({"a.jsonl": ROWS, "b.ndjson": ROWS, "C.JSONL": ROWS, "d.jsonl.txt": ROWS}, 8, "4 JSON Lines files"),
+    "notebook": ({"a.jsonl": ROWS, ".ipynb_checkpoints/a-checkpoint.jsonl": ROWS}, 2, "1 JSON Lines file"),
+    "trash": ({"a.jsonl": ROWS, ".Trash/a.jsonl": ROWS, "sub/.hidden/b.jsonl": ROWS}, 2, "1 JSON Lines file"),
+    "macOS": ({"a.jsonl": ROWS, "._a.jsonl": b"\x00\x05\x16\x07", "sub/._b.txt": b"\xb0"}, 2, "1 JSON Lines file"),
+    "Spark": ({"part-00000": ROWS, "part-00001": ROWS, "_SUCCESS": b"", "README": b"text"}, 4, "2 JSON Lines files"),
+    "text": ({"a.txt": PLAIN, "b.TXT": PLAIN, "c.txt.bz2": bz2.compress(PLAIN)}, 3, "3 text files"),
+}
+
+
+@pytest.mark.parametrize(("files", "num_documents", "said"), FOLDERS.values(), ids=list(FOLDERS))
+def test_what_is_read_of_a_folder(tmp_path: Path, files: dict[str, bytes], num_documents: int, said: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(content)
+    options = CorpusOptions((str(tmp_path),))
+    assert len(list(iter_documents(options.sources(), options))) == num_documents
+    assert describe(options.sources()) == said
+
+
+UNREADABLE: dict[str, tuple[str, bytes, str]] = {
+    "nested": ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "a.jsonl:1: nested too deep"),
+    "nested later": ("part", ROWS + b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "part:3: nested too deep"),
+    "integer as text": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: key 'text' holds int, not text"),
+    "cut gz": ("a.jsonl.gz", gzip.compress(ROWS)[:-9], "a.jsonl.gz: cannot be read: Compressed file ended"),
+    "damaged gz": ("a.gz", gzip.compress(ROWS)[:-8] + b"\x00" * 8, "a.gz: cannot be read: CRC check failed"),
+    "cut zst": ("a.zst", zstd(ROWS * 999)[:-9], "a.zst: cannot be read: Truncated"),
+    "cut xz": ("a.xz", lzma.compress(ROWS)[:-9], "a.xz: cannot be read: Compressed file ended"),
+    "zip": ("a.zip", b"PK\x03\x04" + ROWS, "a.zip: a zip archive, which is not read"),
+    "tar": ("a.tar", tar(b""), "a.tar: a tar archive, which is not read"),
+    "compressed tar": ("a.tgz", gzip.compress(tar(b"")), "a.tgz: a tar archive, which is not read"),
+    "UTF-16": ("a.txt", PLAIN.decode().encode("utf-16"), "a.txt: UTF-16, not UTF-8"),
+    "UTF-16 rows": ("a.jsonl", ROWS.decode().encode("utf-16"), "a.jsonl: UTF-16, not UTF-8"),
+    "Arrow": ("a.arrow", b"ARROW1\x00\x00", "a.arrow: an Arrow file, which is not read"),
+    "no Parquet": ("a.parquet", ROWS, "a.parquet: no Parquet file"),
+    "compressed Parquet": ("a.parquet.gz", gzip.compress(b"PAR1"), "a.parquet.gz: Parquet inside another compression"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), UNREADABLE.values(), ids=list(UNREADABLE))
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        texts_of(tmp_path / name)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_file_beside_its_compressed_copy_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROWS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(ROWS))
+    for inputs in ((tmp_path,), (tmp_path / "*",), (tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl")):
+        with pytest.raises(DataError, match="look like copies of each other; name one of them"):
+            texts_of(*inputs)
+
+
 # Bounded memory
 
 
 def test_readers_read_no_further_than_asked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n')
     options = CorpusOptions((str(tmp_path / "a.jsonl"),))
-    documents = iter_documents(find_sources(options), options)
+    documents = iter_documents(options.sources(), options)
     assert next(documents).text == "good"
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
         next(documents)
@@ -545,11 +682,11 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]
         "missing path": (of(folder / "none" / "data"), "none/data: no such file"),
         "no match": (of(folder / "*.md"), "*.md: no file matches"),
         "named twice": (of(good, folder / "*.jsonl"), "good.jsonl is named more than once"),
-        "compressed": (of(folder / "a.txt.gz"), "decompress it first"),
+        "compressed": (of(folder / "a.txt.gz"), "a.txt.gz: cannot be read: Compressed file ended"),
         "empty": (of(folder / "empty.txt"), "empty.txt: no document has any text"),
         "encoding": (of(folder / "latin.txt"), "latin.txt: not UTF-8 at byte 2; convert it"),
-        "mixed directory": (of(folder / "mixed"), "mixed: holds .jsonl and .txt files; say which to read"),
-        "empty directory": (of(folder / "nothing"), "holds no .jsonl, .parquet, .txt file"),
+        "mixed directory": (of(folder / "mixed"), "mixed: holds JSON Lines and text files; say which to read"),
+        "empty directory": (of(folder / "nothing"), "holds no .jsonl, .ndjson, .jsonlines, .parquet, .txt file"),
         "not JSON": (of(folder / "no_json.jsonl"), "no_json.jsonl:2: not valid JSON (Expecting value at column 10)"),
         "not an object": (of(folder / "list.jsonl"), "list.jsonl:1: a JSON list; each line must be one JSON object"),
         "wrong key": (of(folder / "keys.jsonl"), "keys.jsonl:2: no key 'text'; its keys are: body, id; name one"),
@@ -756,7 +893,7 @@ def test_the_program_says_only_what_matters(tmp_path: Path, data: Path, model: P
         [sys.executable, SCRIPT, *arguments, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[0].startswith("corpus_text_document: 60 documents, ")
+    assert done.stdout.splitlines()[1].startswith("corpus_text_document: 60 documents, ")
     assert len(read(tmp_path / "corpus_text_document")) == len(TEXTS)
 
 
