@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.device import device_memory_bytes, peak_memory_bytes, reset_peak_memory
+from paci_megatron.runtime.device import memory, reset_peak_memory
 from paci_megatron.runtime.meters import StageFigures, StageMeter
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
@@ -134,9 +134,7 @@ class RunMonitor:
         """Gather every stage's figures since the last drain. A collective, which is why it happens at drains only."""
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
-        device = self.meters[0].device
-        memory = peak_memory_bytes(device), device_memory_bytes(device)
-        mine = [(meter.take_figures(), meter.saved_activation_bytes) for meter in self.meters], memory
+        mine = [(meter.take_figures(), meter.saved_activation_bytes) for meter in self.meters], memory(self.meters[0].device)
         dist.all_gather_object(gathered, mine, group=group)
         figures, saved = zip(*(stage for stages, _ in gathered for stage in stages), strict=True)
         if not self._speaks:
@@ -151,8 +149,9 @@ class RunMonitor:
                 "memory",
                 iteration=iteration,
                 saved_activation_bytes=saved,
-                process_peak_bytes=[peak for _, (peak, _) in gathered],
-                process_device_bytes=[beside for _, (_, beside) in gathered],
+                process_peak_bytes=[held.peak_allocated for _, held in gathered],
+                process_reserved_bytes=[held.peak_reserved for _, held in gathered],
+                process_device_bytes=[held.beside for _, held in gathered],
             )
 
 

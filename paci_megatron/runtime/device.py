@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -149,21 +149,29 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, for_device: torch.de
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory_bytes` count from now."""
+    """Let :func:`memory` count from now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def device_memory_bytes(device: torch.device) -> int | None:
-    """What is in use on ``device`` beside this process's PyTorch memory: the context, the communicators' buffers, and other
-    processes. None on a CPU.
+class Memory(NamedTuple):
+    """Bytes on a device. ``peak_allocated``: the most that this process's tensors held. ``peak_reserved``: the most that
+    PyTorch has taken for them, freed blocks included that wait for a stream. ``beside``: what is in use beside PyTorch's, by
+    whichever process: the context, the communicators' buffers. None on a CPU, where nobody counts.
     """
+
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+    beside: int | None = None
+
+
+def memory(device: torch.device) -> Memory:
+    """What is known since :func:`reset_peak_memory`."""
     if device.type != "cuda":
-        return None
+        return Memory()
     free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that this process's tensors have held on ``device``; None on a CPU, where nobody counts."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Memory(
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+        total - free - torch.cuda.memory_reserved(device),
+    )

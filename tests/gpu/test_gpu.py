@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from paci_megatron.runtime.device import HostCopy, Stopwatch, peak_memory_bytes, reset_peak_memory
+from paci_megatron.runtime.device import HostCopy, Stopwatch, memory, reset_peak_memory
 from paci_megatron.telemetry.metrics_file import read_metrics
 from tests.support.helpers import PACI, arguments, emulated
 from tests.support.link_jobs import LinkResult, exchange_by_plan
@@ -152,9 +152,9 @@ def test_peak_memory_counts_from_the_reset() -> None:
     large = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     del large
     reset_peak_memory(device)
-    before = peak_memory_bytes(device)
+    before = memory(device).peak_allocated
     small = torch.empty(1 << 20, dtype=torch.uint8, device=device)
-    after = peak_memory_bytes(device)
+    after = memory(device).peak_allocated
     assert before is not None and after is not None
     assert (1 << 20) <= after - before < (64 << 20)
     del small
