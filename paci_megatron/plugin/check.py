@@ -115,6 +115,7 @@ def _validated() -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     args = parse_args()
+    args.paci_only_checked = True
     # As pretrain_gpt_paci.py does.
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     core_transformer_config_from_args(args)

@@ -73,6 +73,7 @@ def wrap_validate_args(original: Function) -> Function:
                 lambda: check_options(args),
                 lambda: check_layers(args),
                 lambda: check_emulation(args),
+                lambda: check_files(args),
                 lambda: shared_gpu.adapt_arguments(args),
             )
         for line in (*adapt_to_installed(args), *lines):
@@ -91,6 +92,12 @@ def wrap_validate_args(original: Function) -> Function:
     return validate_args
 
 
+def check_files(args: Any) -> None:
+    """``ConfigError`` for what the run cannot write or load, unless its command is only checked, for another machine."""
+    if not getattr(args, "paci_only_checked", False):
+        together(lambda: check_places(args), lambda: check_load(args))
+
+
 def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any:
     """Validate an emulated pipeline's arguments as if each stage had processes of its own."""
     num_stages = args.paci_emulate_stages
@@ -102,17 +109,13 @@ def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any
 
 
 def wrap_initialize_megatron(original: Function) -> Function:
-    """Looks at the run's files first. Emulated stages share a process, so for process groups the pipeline size is 1; and a
-    CPU is allowed.
-    """
+    """Emulated stages share a process, so for process groups the pipeline size is 1; and a CPU is allowed."""
 
     @functools.wraps(original)
     def initialize_megatron(*positional: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
-        with exit_on_config_error():  # of this machine's files, so that a command line can be checked elsewhere
-            together(lambda: check_places(args), lambda: check_load(args))
         if cpu.is_active():
             named["allow_no_cuda"] = True
         if named.get("store") is None:

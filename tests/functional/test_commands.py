@@ -57,11 +57,11 @@ def test_a_stage_that_dies_ends_the_job_with_its_error(tmp_path: Path) -> None:
 def test_a_bad_command_line_gets_one_line_and_no_training() -> None:
     status, output = torchrun(
         *("pretrain_gpt_paci.py", *MODEL, "--train-iters", "4", "--mock-data", "--pipeline-model-parallel-size", "2"),
-        *("--pipeline-schedule", "paci", "--fp16"),
+        *("--pipeline-schedule", "paci", "--use-torch-fsdp2"),
     )
     assert status != 0
     lines = [line for line in output.splitlines() if line.startswith("paci-megatron: error: ")]
-    assert len(lines) == 1 and "--fp16 does not work with --pipeline-schedule paci" in lines[0]
+    assert len(lines) == 1 and "--use-torch-fsdp2 does not work with --pipeline-schedule paci" in lines[0]
     assert "Traceback" not in output.split("torch/distributed/elastic")[0]
     assert not re.search(r" iteration +\d", output)
 
