@@ -78,6 +78,8 @@ def create_groups(wanted: Sequence[Wanted], timeout_minutes: int, options: Any =
 
 
 DEFAULT_CTAS = 4
+MAX_TIED_TURNS = 8
+"""PyTorch takes NCCL's streams from a pool of 32. Two communicators on one stream could wait for each other for ever."""
 
 
 def nccl_options(args: argparse.Namespace) -> Any:
@@ -99,13 +101,13 @@ def _transfer_settings(args: argparse.Namespace) -> dict[str, Any]:
         import yaml
 
         with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
-            configured = (yaml.safe_load(file) or {}).get("pp", {})
+            configured = (yaml.safe_load(file) or {}).get("pp") or {}
     if "pp" in (args.high_priority_stream_groups or ()):
         configured["is_high_priority_stream"] = True
     values = {"is_high_priority_stream": True, "min_ctas": 1, "max_ctas": DEFAULT_CTAS, **configured}
     if args.paci_transfer_ctas is not None:
         values |= {"min_ctas": 1, "max_ctas": args.paci_transfer_ctas}
-    return values
+    return {**values, "max_ctas": max(values["min_ctas"], values["max_ctas"])}  # NCCL refuses less
 
 
 _NORM_MARGINS = ("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN")
@@ -197,6 +199,8 @@ class ProcessTransport:
         self._directions = self._create(record_lag)
         carrier = torch.device("cpu") if args.paci_link == "host" else self._device
         use_once(list(self._directions.values()), self._ranks.index, carrier)
+        self._neighbours = self._make_neighbours(self._ranks.index(self._here))
+        self._pair: tuple[int, TensorPair] | None = None  # and the record lag that it is made for
         self.agree = agreement(args)
 
     def _create(self, record_lag: int) -> dict[tuple[str, int, int], Direction]:
@@ -205,8 +209,9 @@ class ProcessTransport:
         named = [("PACI_ACTIVATIONS", by, to) for by, to in down] + [("PACI_GRADIENTS", to, by) for by, to in down]
         if self._tied_weight is not None:
             first, last = self._ranks[0], self._ranks[-1]
-            # An update's transfer is complete before the one of ``record_lag`` updates later is posted.
-            for turn in range(record_lag):
+            # An update's transfer is complete before the one of ``record_lag`` updates later is posted. With fewer turns
+            # a GPU with one hardware queue may stand still for a while, but not for ever.
+            for turn in range(min(record_lag, MAX_TIED_TURNS)):
                 named += [(f"PACI_TIED_FROM_FIRST_{turn}", first, last), (f"PACI_TIED_FROM_LAST_{turn}", last, first)]
         directions = [(name, by, to) for name, by, to in named if by is not None and to is not None]
         backend = "gloo" if self._args.paci_link == "host" else None
@@ -219,6 +224,10 @@ class ProcessTransport:
 
     def link(self, stage_index: int, record_lag: int) -> P2PLink:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
+        return P2PLink(*self._neighbours, self._records, record_lag)
+
+    def _make_neighbours(self, stage_index: int) -> tuple[Neighbour | None, Neighbour | None]:
+        """The stages before and after, with buffers that serve all plans."""
         num_stages, extra = len(self._ranks), self._args.paci_extra_in_flight
         hold = sends_in_flight(num_stages, extra)
         # An activation is in use from when its receive is posted to the end of its backward.
@@ -230,17 +239,22 @@ class ProcessTransport:
         if self._after is not None:
             outgoing = self._outgoing("PACI_ACTIVATIONS", self._after, hold)
             following = Neighbour(self._after, outgoing, self._incoming("PACI_GRADIENTS", self._after, ring=1))
-        return P2PLink(previous, following, self._records, record_lag)
+        return previous, following
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
         if self._tied_weight is None:
             return None
+        if self._pair is None or self._pair[0] != record_lag:
+            self._pair = record_lag, self._make_pair(self._tied_weight, record_lag)
+        return self._pair[1]
+
+    def _make_pair(self, weight: torch.nn.Parameter, record_lag: int) -> TensorPair:
         first, last = self._ranks[0], self._ranks[-1]
         mine, other = ("FIRST", last) if self._here == first else ("LAST", first)
         theirs = "LAST" if mine == "FIRST" else "FIRST"
         turns = sum(name.startswith("PACI_TIED_FROM_FIRST") for name, _, _ in self._directions)
-        like = self._tied_weight.main_grad  # type: ignore[attr-defined]  # Megatron's
+        like = weight.main_grad  # type: ignore[attr-defined]  # Megatron's
         ring = -(-record_lag // turns) + 1  # posted, or received and not applied yet
         return TensorPair(
             [self._outgoing(f"PACI_TIED_FROM_{mine}_{turn}", other, hold=ring) for turn in range(turns)],

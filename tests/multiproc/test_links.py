@@ -38,6 +38,8 @@ def test_received_tensors_lie_in_rings_of_buffers_that_stay(pool: GetPool, num_s
             assert activations == (activations[:held] * UPDATES * A)[: UPDATES * A] if stage > 0 else not activations
             assert len(set(activations)) == (held if stage > 0 else 0)
             assert len(set(gradients)) == (1 if stage < num_stages - 1 else 0)
+        for kind, buffers in (("F", held), ("B", 1)):
+            assert len(set(result.addresses.get(kind, []))) in (0, buffers), "the second plan has those of the first"
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])

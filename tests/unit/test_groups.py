@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,12 @@ def test_what_megatrons_options_say_of_the_pipelines_group_goes_before(given: No
     named = namespace(nccl_communicator_config_path=str(path), high_priority_stream_groups=["dp", "pp"])
     assert nccl_options(named)["is_high_priority_stream"]
     assert nccl_options(namespace(nccl_communicator_config_path=str(path), paci_transfer_ctas=2))["max_ctas"] == 2
+    path.write_text("pp:\n  min_ctas: 6\n")
+    assert nccl_options(namespace(nccl_communicator_config_path=str(path)))["max_ctas"] == 6, (
+        "NCCL refuses less than its least"
+    )
+    path.write_text("pp:\n")
+    assert nccl_options(namespace(nccl_communicator_config_path=str(path)))["max_ctas"] == 4
     path.write_text("dp:\n  max_ctas: 9\n")
     assert nccl_options(namespace(nccl_communicator_config_path=str(path)))["max_ctas"] == 4
 
@@ -81,6 +88,26 @@ def test_all_groups_are_made_at_once_in_one_order_and_only_those_over_nccl_have_
     few = [("A", 0, 1, "few"), ("A", 2, 3, "few"), ("B", 0, 1, "few"), ("B", 1, 2, "few")]
     assert order == [*few, ("R", 0, 1, None)]
     assert all(named["timeout"].total_seconds() == 420 for named in made)
+
+
+@pytest.mark.parametrize("record_lag", [1, 2, 8, 9, 31])
+def test_every_communicator_of_a_rank_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, record_lag: int) -> None:
+    """PyTorch has 32 for them. Two on one stream could wait for each other; a long lag comes of a small ``a``."""
+    asked: list[Wanted] = []
+
+    def create_groups(wanted: Sequence[Wanted], minutes: int, options: Any) -> list[Any]:
+        asked.extend(wanted)
+        return list(wanted)
+
+    monkeypatch.setattr(groups, "create_groups", create_groups)
+    transport = object.__new__(groups.ProcessTransport)
+    transport._args = namespace(distributed_timeout_minutes=7)
+    transport._ranks, transport._here, transport._before, transport._after = [0, 1, 2], 0, None, 1
+    transport._tied_weight = torch.nn.Parameter(torch.zeros(1))
+    directions = transport._create(record_lag)
+    over_nccl = [wanted for wanted in asked if wanted.backend is None]
+    assert len(over_nccl) == len(directions) == 2 + 2 * min(record_lag, groups.MAX_TIED_TURNS)
+    assert len(over_nccl) <= 32
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 8, 9])
