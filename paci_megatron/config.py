@@ -51,6 +51,11 @@ class PaciConfig:
                 f"{args.virtual_pipeline_model_parallel_size} model chunks on a stage; paci schedules one. Write a layout "
                 f"with {num_stages} stages."
             )
+        if getattr(args, "use_layer_wise_distributed_optimizer", False):
+            raise ConfigError(
+                f"--optimizer {args.optimizer} with --use-distributed-optimizer: Megatron then spreads whole layers over "
+                "ranks and takes the gradient norm over the world. Remove --use-distributed-optimizer."
+            )
         _check_layout(args)
         _check_weight_policy(args)
         return cls(

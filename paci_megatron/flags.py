@@ -73,9 +73,9 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "--optimizer",
         "optimizer",
-        "its step involves ranks of several stages",
-        "Use --optimizer adam or sgd",
-        _unless(None, "adam", "sgd"),
+        "it spreads whole layers over ranks, and its norm is taken over the world",
+        "Use --optimizer muon without --use-distributed-optimizer",
+        lambda value: value == "dist_muon",
     ),
     Refused("--qk-clip", "qk_clip", "it changes weights that micro-batches in flight have yet to use", _REMOVE),
     Refused(

@@ -138,6 +138,11 @@ def wrap_torch_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_installed(args: argparse.Namespace) -> None:
     """``ConfigError`` if the command line asks for what only a missing package can do."""
+    if getattr(args, "optimizer", "adam") not in ("adam", "sgd") and not _importable("emerging_optimizers"):
+        raise ConfigError(
+            f"--optimizer {args.optimizer} comes from the package emerging-optimizers, which is not installed: "
+            "pip install 'paci-megatron[muon]'."
+        )
     if has_transformer_engine():
         return
     if args.context_parallel_size > 1:

@@ -58,6 +58,9 @@ MODELS = [
     Model("batch-size-schedule", tuple(BATCH_SIZES)),
     Model("layout", ("--pipeline-model-parallel-layout", "Ettt|tL")),
     Model("experts", tuple(EXPERTS)),
+    Model("muon", ("--optimizer", "muon")),
+    Model("lion", ("--optimizer", "lion")),
+    Model("soap", ("--optimizer", "soap")),
     Model("multi-token-prediction", MULTI_TOKEN),
     Model("multi-token-prediction-tied", MULTI_TOKEN, ties=True),
     Model(

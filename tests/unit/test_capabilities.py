@@ -173,3 +173,14 @@ def test_the_norm_left_on_the_device_is_megatrons_up_to_rounding(monkeypatch: py
     # Another's kernel, or another schedule, is left alone.
     other = loop_patches.wrap_l2_norm_impl(lambda *args: (args, None))
     assert other(1, None, [gradients], False)[0] == (1, None, [gradients], False)
+
+
+def test_an_optimizer_from_a_package_that_is_missing_is_refused_with_the_line_to_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = argparse.Namespace(optimizer="muon", context_parallel_size=1)
+    monkeypatch.setattr(capabilities, "_importable", lambda name: name in TE)
+    with pytest.raises(ConfigError, match=r"--optimizer muon comes from .* pip install 'paci-megatron\[muon\]'"):
+        capabilities.check_installed(args)
+    monkeypatch.setattr(capabilities, "_importable", lambda name: name in (*TE, "emerging_optimizers"))
+    capabilities.check_installed(args)

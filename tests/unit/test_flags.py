@@ -25,7 +25,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
 
 def refused_value(rule: Refused) -> Any:
     """A value that a user may give the flag."""
-    values = {"optimizer": "muon", "fp8": "hybrid", "fp4": "e2m1"}
+    values = {"optimizer": "dist_muon", "fp8": "hybrid", "fp4": "e2m1"}
     number = rule.flag.endswith(("-instances", "-interval", "-layers", "-stage", "-rank", "-mins"))
     return values.get(rule.attribute, 2 if number else True)
 
