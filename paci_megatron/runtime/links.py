@@ -100,12 +100,16 @@ class _Sends:
         while len(self._sent) >= self._hold:
             # Over NCCL it is the current stream that waits, not the host. torch records the tensor on NCCL's stream too, so
             # its memory comes back when that stream has come past the last send queued so far: one or two sends later.
-            self._sent.popleft()[1].wait()
+            self._take_oldest()
         self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
 
     def drain(self) -> None:
         while self._sent:
-            self._sent.popleft()[1].wait()
+            self._take_oldest()
+
+    def _take_oldest(self) -> None:
+        self._sent[0][1].wait()
+        self._sent.popleft()  # which lets go of the tensor, and not before
 
 
 class DirectOutgoing:

@@ -2,13 +2,15 @@
 
 A transfer happens when both its ends are posted, or later, at a moment of its own. Those of a group and direction happen in
 the order in which they were posted. A receive's buffer holds NaN from when it is posted until its ``wait`` returns; what is
-sent is read only when the transfer happens; whoever waits does so until then.
+sent is read only when the transfer happens, and if nobody holds it by then, its memory has been used again; whoever waits
+does so until then.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +31,11 @@ class _Channel:
             if not (self.sends and self.receives):
                 return
             send, receive = self.sends.popleft(), self.receives.popleft()
-            receive.arrived = send.arrived = send.tensor.detach().clone()
+            tensor, buffer = send.tensor(), receive.tensor()
+            if tensor is None and buffer is not None:
+                tensor = torch.full_like(buffer, torch.nan)
+            assert tensor is not None, "a receive whose buffer is gone"
+            receive.arrived = send.arrived = tensor.detach().clone()
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Transfer:
 
     network: FakeNetwork
     channel: _Channel
-    tensor: torch.Tensor
+    tensor: weakref.ref[torch.Tensor]
     receives: bool
     arrived: torch.Tensor | None = None
 
@@ -50,8 +56,8 @@ class Transfer:
                 if self.arrived is None and not self.network.changed.wait(timeout=20):
                     raise TimeoutError("a transfer whose other end is never posted")
             self.network.changed.notify_all()
-        if self.receives:
-            self.tensor.data.copy_(self.arrived)
+        if self.receives and (buffer := self.tensor()) is not None:
+            buffer.data.copy_(self.arrived)
 
 
 class FakeNetwork:
@@ -68,7 +74,7 @@ class FakeNetwork:
     def _posted(self, tensor: torch.Tensor, group: Any, source: Any, destination: Any, receives: bool) -> Transfer:
         with self.changed:
             channel = self._channels[group, str(source), str(destination)]
-            transfer = Transfer(self, channel, tensor, receives)
+            transfer = Transfer(self, channel, weakref.ref(tensor), receives)
             (channel.receives if receives else channel.sends).append(transfer)
             channel.carry(up_to=self._random.randrange(3))
             self.changed.notify_all()

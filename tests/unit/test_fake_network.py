@@ -140,6 +140,15 @@ class OneBufferTooFew(DirectIncoming):
         super().__init__(group, peer, shape, dtype, device, ring=max(ring - 1, 1))
 
 
+def test_a_link_that_does_not_hold_what_it_sends_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: Any, tensor: torch.Tensor, destination: int) -> None:
+        self._sent.append((None, links.dist.isend(tensor, dst=destination, group=self._group)))
+
+    expected = in_one_process(3, 0)
+    monkeypatch.setattr(links._Sends, "send", send)
+    assert not same(over_network(monkeypatch, 3, 0, 1), expected)
+
+
 @pytest.mark.parametrize("wrong", [ReadsBeforeWaiting, OneBufferTooFew])
 def test_a_link_that_breaks_the_rules_is_seen(monkeypatch: pytest.MonkeyPatch, wrong: Incoming) -> None:
     assert not same(over_network(monkeypatch, 3, 0, 1, wrong), in_one_process(3, 0))
