@@ -136,10 +136,6 @@ REFUSED: tuple[Refused, ...] = (
 _NO_BUBBLE = "there is no bubble to fill with smaller chunks"
 _CHUNKS = (f"{_NO_BUBBLE}, so each stage holds one contiguous chunk",)
 _GRAPHS = ("captured graphs replay a fixed order of micro-batches", "kernels are launched one by one")
-_GATHER = (
-    "a backward between an update and the next forward would read half-gathered weights",
-    "the distributed optimizer gathers them within its step",
-)
 _ACTIVATIONS = (
     "its buffers are reset once an iteration, when Megatron's pipeline is empty",
     "the activations stay on the GPU: add --recompute-granularity if they do not fit",
@@ -157,8 +153,10 @@ SWITCHED_OFF: tuple[SwitchedOff, ...] = (
         *("--overlap-p2p-communication-warmup-flush", "overlap_p2p_comm_warmup_flush", False),
         "no transfer between stages is waited for anyway",
     ),
-    SwitchedOff("--overlap-param-gather-with-optimizer-step", "overlap_param_gather_with_optimizer_step", False, *_GATHER),
-    SwitchedOff("--overlap-param-gather", "overlap_param_gather", False, *_GATHER),
+    SwitchedOff(
+        *("--overlap-param-gather-with-optimizer-step", "overlap_param_gather_with_optimizer_step", False),
+        "Megatron has it for several chunks a stage only, and each stage holds one",
+    ),
     SwitchedOff(
         *("--defer-embedding-wgrad-compute", "defer_embedding_wgrad_compute", False),
         "it moves work into the flush's bubble, and there is none",

@@ -125,6 +125,11 @@ class StageOptimizers:
         """``loss`` as the last stage's optimizer scales it."""
         return self._optimizers[-1].scale_loss(loss)
 
+    def prepare_model_params_for_param_sync(self) -> None:
+        """Megatron is about to gather the weights of all stages."""
+        for optimizer in self._optimizers:
+            optimizer.prepare_model_params_for_param_sync()
+
 
 def build_stages(
     run: Run, setup: Callable[..., tuple[Any, Any, Any]], *positional: Any, **named: Any

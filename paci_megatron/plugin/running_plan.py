@@ -77,6 +77,8 @@ class RunningPlan:
             own_figures=self._own_figures,
             readings=stage.readings,
             tied=tied,
+            # Older versions are put in place by copying, which a gather under way would write over.
+            after_step=(lambda: None) if config.weight_policy == "latest" else self.compute.param_gather.complete,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
         stage.meter.begin_plan(a, plan.extra_in_flight)

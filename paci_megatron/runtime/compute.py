@@ -13,6 +13,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from .loss_scale import LossScale
+from .param_gather import ParamGather
 from .state import InFlight
 
 _AUXILIARY = (MoEAuxLossAutoScaler, DSAIndexerLossAutoScaler)
@@ -39,6 +40,7 @@ class StageCompute:
     ) -> None:
         self.model = model
         self.config = config
+        self.param_gather = ParamGather(model)
         self.forward_step_func: Callable[..., Any] | None = None
         self.data_iterator: Iterator[Any] | None = None
         self.losses: list[Any] = []
@@ -92,6 +94,7 @@ class StageCompute:
             for scaler, scale in zip(_AUXILIARY, self._auxiliary_scales.popleft(), strict=True):
                 scaler.main_loss_backward_scale = scale
         overlaps = self.config.no_sync_func is not None
+        self.param_gather.complete()
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
             return schedules.backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
 

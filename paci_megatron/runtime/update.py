@@ -49,11 +49,13 @@ class StageUpdate:
         readings: WindowReadings | None = None,
         own_figures: Callable[[int], Record] = lambda update: Record(),
         tied: TiedEmbedding | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
         the stage (data, tensor, context parallel); ``loop_optimizer`` is the optimizer as the
         training loop holds it, whose ``step`` steps this stage's, with gradients that are ready.
         ``own_figures`` is what the stage tells the others beside an update's gradients. With a per-token loss
+        ``after_step`` is called when an update is over, skipped or not. With a per-token loss
         ``take_num_tokens`` is the window's number of tokens, (1,), None on all but the last stage.
         """
         self._model = model
@@ -68,6 +70,7 @@ class StageUpdate:
         self._loop_optimizer = loop_optimizer
         self._readings = readings
         self._tied = tied
+        self._after_step = after_step
         self._parameters = tuple(model.parameters())
         self._zero_gradients()
 
@@ -120,6 +123,7 @@ class StageUpdate:
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()
+        self._after_step()
         return UpdateResult(applies, control.total(update).norm if control.is_drained(update) else None)
 
     def finish(self) -> None:

@@ -26,6 +26,7 @@ DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer"]
 # Weights of the vocabulary's dimension are padded to a multiple of this times the size.
 TENSOR = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 OVERLAPPED = [*DISTRIBUTED_OPTIMIZER, "--overlap-grad-reduce", "--ddp-bucket-size", "4000"]
+GATHERED = [*OVERLAPPED, "--overlap-param-gather"]
 
 
 MULTI_TOKEN = (
@@ -117,6 +118,7 @@ SPLITS = [
     Split("data", ()),
     Split("distributed-optimizer", tuple(DISTRIBUTED_OPTIMIZER)),
     Split("distributed-optimizer-overlapped", tuple(OVERLAPPED)),
+    Split("distributed-optimizer-gathered-in-forwards", tuple(GATHERED)),
     Split("overlap-grad-reduce", ("--overlap-grad-reduce", "--ddp-bucket-size", "4000")),
     Split("tensor", tuple(TENSOR), micro_batch_size=4),
     Split("tensor-and-sequence", (*TENSOR, "--sequence-parallel"), micro_batch_size=4),
@@ -179,7 +181,7 @@ def test_split_stages_train_as_whole_ones(
     np.testing.assert_allclose(parts[-1].evaluations, whole[-1].evaluations, rtol=1e-5)
 
 
-OFTEN = ("data", "experts-alltoall")
+OFTEN = ("data", "experts-alltoall", "distributed-optimizer-gathered-in-forwards")
 
 
 @pytest.mark.parametrize(
@@ -195,3 +197,28 @@ def test_split_emulated_stages_are_split_processes(
     by_stage = [processes[:dp], processes[dp:]]
     for rank in range(dp):
         assert_same_run([stage[rank] for stage in by_stage], one[rank])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(["--paci-drain-interval", "3"], id="paci"),
+        pytest.param(["--paci-drain-interval", "1"], id="drained"),
+        pytest.param(["--paci-weight-policy", "double-buffer"], id="double-buffer"),
+    ],
+)
+@pytest.mark.parametrize(("num_stages", "dp"), [(2, 2)])
+def test_weights_gathered_in_forwards_are_those_gathered_in_the_step(
+    pool: GetPool, corpus: str, schedule: list[str], num_stages: int, dp: int
+) -> None:
+    """Bit for bit, with tied embeddings; drained, also Megatron's flush that gathers in forwards.
+
+    With one micro-batch per update a backward follows an update directly before each drain.
+    """
+    argv = arguments(corpus, num_stages, 1, *OVERLAPPED, dp=dp, iters=8)
+    argv.remove("--untie-embeddings-and-output-weights")
+    run = pool(num_stages * dp).run
+    in_forwards = run("train", argv=[*argv, "--overlap-param-gather", *PACI, *schedule])
+    assert_same_bits(run("train", argv=[*argv, *PACI, *schedule]), in_forwards)
+    if schedule[-1] == "1":
+        assert_same_bits(run("train", argv=[*argv, "--overlap-param-gather"]), in_forwards)
