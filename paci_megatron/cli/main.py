@@ -21,8 +21,13 @@ class Command(NamedTuple):
 # A module is imported when its command is run: importing Megatron takes seconds.
 COMMANDS = {
     "Before training": {
+        "preprocess": Command("preprocess", "text into Megatron's .bin/.idx, with Megatron's own tokenizers"),
         "check": Command("check", "whether a training command would be accepted, and what PACI would do and switch off"),
         "plan": Command("plan", "simulate PACI and other schedules: speed, memory, drift; draw and balance a trace"),
+    },
+    "After training": {
+        "plot": Command("plot", "curves of runs from their metrics files or TensorBoard folders"),
+        "evaluate": Command("evaluate", "perplexity of a checkpoint on text or .bin/.idx, LAMBADA's accuracy"),
     },
 }
 EXTRAS = {"datasets": "data", "pyarrow": "data", "tqdm": "data", "matplotlib": "plot", "tensorboard": "tensorboard"}

@@ -22,7 +22,7 @@ _BLOCK_TOKENS = 1 << 20
 class Index(NamedTuple):
     """What the `.idx` of `prefix` says: the number of tokens of each sequence, and how the `.bin` holds a token.
 
-    Megatron's GPT data sets are split by sequence; `tools/preprocess_data.py` makes one of each document.
+    Megatron's GPT data sets are split by sequence; `paci-megatron preprocess` makes one of each document.
     """
 
     prefix: str
@@ -40,7 +40,7 @@ def open_index(prefix: str) -> Index:
     index, data = Path(prefix + ".idx"), Path(prefix + ".bin")
     for path in (index, data):
         if not path.is_file():
-            remedy = "--data-path takes the path without .bin or .idx; tools/preprocess_data.py prints it."
+            remedy = "--data-path takes the path without .bin or .idx; paci-megatron preprocess prints it."
             raise DataError(f"{path}: no such file. {remedy}")
     try:
         with open(index, "rb") as file:
@@ -50,7 +50,7 @@ def open_index(prefix: str) -> Index:
         raise DataError(f"{index}: cannot be read: {error.strerror}. Check its permissions.") from error
     version, kind, sequences, documents = _HEADER.unpack(header)[1:] if len(header) == _HEADER.size else (0, 0, 0, 0)
     if not header.startswith(_MAGIC) or version != 1 or kind not in _TOKEN_TYPES:
-        raise DataError(f"{index} is not an index of Megatron's IndexedDataset. Run tools/preprocess_data.py again.")
+        raise DataError(f"{index} is not an index of Megatron's IndexedDataset. Run paci-megatron preprocess again.")
     if sequences == 0 or data_size == 0:
         raise DataError(f"{prefix}: no document in it. Preprocess a corpus that has text.")
     # Length and place of each sequence, then where each document begins.

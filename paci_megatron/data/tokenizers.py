@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -178,8 +179,9 @@ def sample_documents(documents: Iterable[Document], max_bytes: int, seed: int) -
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model of exactly `vocab_size` pieces; DataError if the texts do not allow that.
 
-    It is lossless (no normalization, unknown characters as bytes, runs of spaces kept) and has `</s>`, id 2,
-    which Megatron takes as the end of a document. The same texts give the same bytes.
+    Every text comes back from it as it was (no normalization, unknown characters as bytes, runs of spaces kept), but for the
+    symbol U+2581, which SentencePiece writes for a space and gives back as one. It has `</s>`, id 2, which Megatron takes as
+    the end of a document. The same texts give the same bytes.
     """
     import sentencepiece
 
@@ -208,6 +210,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         # "INTERNAL: file(line) [condition] text": only the text is for a user.
         reason = str(error).rpartition("] ")[2] or "there is no text to train on"
+        if (few := re.search(r"required_chars\. \d+ vs (\d+)", reason)) is not None:
+            # Its own remedy is a flag that is not here: with fewer characters the vocabulary would not be complete.
+            reason = f"the text has so many different characters that it must be at least {few[1]}"
         raise DataError(f"--vocab-size {vocab_size}: SentencePiece cannot train it: {reason}") from error
     return model.getvalue()
 

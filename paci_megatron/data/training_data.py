@@ -95,7 +95,7 @@ def read_blends(args: argparse.Namespace) -> dict[str, Blend]:
     if not given:
         raise DataError(
             "no training data: give --data-path PREFIX (the path of a .bin and .idx file without its ending, as "
-            "tools/preprocess_data.py writes them), or --mock-data."
+            "paci-megatron preprocess writes them), or --mock-data."
         )
     if len(given) > 1:
         raise DataError(

@@ -133,7 +133,7 @@ def read_text(options: TextOptions, tokenizer: Any, progress: Progress = iter) -
 def read_indexed(prefixes: Sequence[str], options: TextOptions, tokenizer: Any = None) -> Corpus:
     """All documents of ``.bin/.idx`` files, in order, with the tokens as stored.
 
-    Words and bytes come from ``PREFIX_stats.json`` where tools/preprocess_data.py has left it, or if
+    Words and bytes come from ``PREFIX_stats.json`` where paci-megatron preprocess has left it, or if
     ``count_by_detokenizing``, from the detokenized documents; otherwise they are unknown. ``tokenizer`` is needed for the
     latter, and for ``score_first_token``.
     """

@@ -6,6 +6,7 @@ Figures are made without pyplot, so nothing is opened and nothing is left behind
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 from .curves import Curve
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+_HIDDEN = "_nolegend_"
+_DEFAULT_FONT = "DejaVu Sans"  # Matplotlib brings it
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, without their yellow, which is too light for a line on white.
@@ -56,7 +62,7 @@ def draw(axes: Axes, curves: Sequence[Curve], markers: bool = True, faint: bool 
             style |= {"alpha": 0.25, "linewidth": 0.8, "linestyle": "-"}
         if not markers or faint:
             del style["marker"]
-        axes.plot(x, y, label="_" if faint or label in named else label, **style)
+        axes.plot(x, y, label=_HIDDEN if faint or label in named else label, **style)
         named.add(label)
 
 
@@ -66,14 +72,75 @@ def finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def add_legend(figure: Figure, axes: Axes, max_columns: int = 4) -> None:
+    """A legend above the axes, of all lines that :func:`draw` has named, with their labels as they are."""
+    lines: list[Artist] = [line for line in axes.get_lines() if line.get_label() != _HIDDEN]
+    labels = [str(line.get_label()) for line in lines]
+    # Matplotlib leaves labels out that begin with an underscore, so they are written afterwards.
+    numbers = [str(number) for number in range(len(labels))]
+    columns = min(max_columns, len(labels))
+    legend = figure.legend(lines, numbers, loc="outside upper center", ncols=columns, frameon=False)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+        as_written(text)
+
+
+def as_written(text: Text) -> None:
+    """Writes a text of the user's as it is: no formulas between dollar signs, and glyphs from other fonts where needed."""
+    text.set_parse_math(False)
+    text.set_fontfamily([_DEFAULT_FONT, *_fonts_with(_missing(text.get_text(), [_DEFAULT_FONT]))])
+
+
+def _missing(characters: str, families: Sequence[str]) -> str:
+    """Those of the characters that none of the fonts has."""
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return _missing_in(characters, [findfont(FontProperties(family=[family])) for family in families])
+
+
+def _missing_in(characters: str, files: Sequence[str]) -> str:
+    from matplotlib.font_manager import get_font
+
+    fonts = [get_font(file) for file in files]
+    return "".join(c for c in characters if c.isprintable() and not any(font.get_char_index(ord(c)) for font in fonts))
+
+
+def _fonts_with(characters: str) -> list[str]:
+    """The names of fonts of this machine that together have the characters, or as many of them as there are."""
+    from matplotlib.font_manager import fontManager
+
+    names: list[str] = []
+    # Not the font of last resort, which has a box for everything.
+    regular = [entry for entry in fontManager.ttflist if entry.weight == 400 and not entry.name.startswith("Last Resort")]
+    for entry in sorted(regular, key=lambda entry: entry.fname) if characters else ():
+        if entry.style == "normal" and len(left := _missing_in(characters, [entry.fname])) < len(characters):
+            names.append(entry.name)
+            characters = left
+    return names
+
+
+def check_glyphs(figure: Figure, path: Path) -> None:
+    """``ValueError`` if a picture would have boxes in place of letters. An SVG leaves the letters to whoever shows it."""
+    from matplotlib.text import Text
+
+    if path.suffix.lower() == ".svg":
+        return
+    for text in figure.findobj(Text):
+        lost = _missing(text.get_text(), text.get_fontfamily())
+        if lost:
+            raise ValueError(f"{text.get_text()}: no font of this machine has {lost[0]}; end the picture's name in .svg")
+
+
 def add_inset(axes: Axes, curves: Sequence[Curve], share: float) -> Axes:
     """Axes in the upper right, where falling curves are not, for the last ``share`` of each curve's horizontal range; draw
-    the curves into them.
+    the curves into them. ``ValueError`` if there is nothing in that range.
     """
     end = max(max(curve.x) for curve in curves)
     begin = min(max(curve.x) - share * (max(curve.x) - min(curve.x)) for curve in curves)
     values = [value for _, x, y in curves for at, value in zip(x, y, strict=True) if at >= begin and math.isfinite(value)]
-    margin = 0.05 * (max(values) - min(values)) or 0.01 * abs(values[0])
+    if not values or begin == end:
+        raise ValueError(f"--inset {share:g}: {'one point' if values else 'no finite value'} to enlarge; leave --inset out")
+    margin = 0.05 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 0.01
     inset = axes.inset_axes((0.42, 0.42, 0.56, 0.55))
     inset.set(xlim=(begin, end), ylim=(min(values) - margin, max(values) + margin))
     inset.xaxis.set_major_formatter(axes.xaxis.get_major_formatter())
@@ -140,13 +207,15 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the kind that ``path`` ends in; the same curves give the same bytes.
 
-    ``ValueError`` if it is none of SUFFIXES; ``OSError`` if the file cannot be written.
+    ``ValueError`` if it is none of SUFFIXES or has letters that no font has; ``OSError`` if the file cannot be written.
     """
     import matplotlib
 
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: not a kind of picture; end it in {', '.join(SUFFIXES)}")
+    check_glyphs(figure, path)
     metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[suffix]
-    with matplotlib.rc_context({"svg.hashsalt": "paci", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "paci", "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # in an SVG: its letters are not drawn here
         figure.savefig(path, dpi=180, metadata=metadata)

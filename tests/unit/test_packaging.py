@@ -114,6 +114,9 @@ def run_elsewhere(environment: Path, folder: Path, program: str, *arguments: str
 # What each command does for someone who has only the wheel: arguments, exit status, and a part of what it answers.
 ANSWERS = {
     "check": ("python train.py", 2, "not a torchrun command"),
+    "preprocess": ("--input none.txt --output-prefix x --train-tokenizer --vocab-size 300", 2, "none.txt: no such file"),
+    "evaluate": ("--input x --load no/folder", 2, "--load no/folder: no such folder"),
+    "plot": ("none.jsonl --output x.png", 2, "none.jsonl: no such file or folder"),
     "plan": ("--num-stages 2 --microbatches-per-update 2 --stage-ms 1:2", 0, "2 stages, 2 micro-batches per update"),
 }
 COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]

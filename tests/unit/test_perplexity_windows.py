@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from paci_megatron.cli import evaluate
 from paci_megatron.config import ConfigError
 from paci_megatron.data import DataError, encoding
 from paci_megatron.data.corpus import Document
@@ -37,7 +38,6 @@ from paci_megatron.evaluate.text import arrange_rows, count_words, detokenize_wi
 from paci_megatron.evaluate.windows import Window, ending_window, make_batch, sliding_windows
 from paci_megatron.plugin.checkpoints import TRACKER
 from tests.conftest import MegatronDefaults
-from tools import evaluate_perplexity
 
 EOD = 0
 
@@ -357,7 +357,7 @@ def test_checkpoint_arguments_are_megatrons(megatron_defaults: MegatronDefaults)
 
 
 def test_own_flags_are_not_megatrons(megatron_defaults: MegatronDefaults) -> None:
-    own = {flag for action in evaluate_perplexity._parser()._actions for flag in action.option_strings}
+    own = {flag for action in evaluate._parser("")._actions for flag in action.option_strings}
     assert own & megatron_defaults.flags == {"-h", "--help"}
 
 
@@ -475,7 +475,7 @@ def test_output_is_looked_at_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("kept")
     output = tmp_path / name
-    assert evaluate_perplexity.main(["--input", "x", "--output", str(output)]) == 2
+    assert evaluate.main(["--input", "x", "--output", str(output)], "evaluate_perplexity.py") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"evaluate_perplexity.py: error: --output {output}: " + message.format(folder=tmp_path))
     assert error.count("\n") == 1 and (tmp_path / "file").read_text() == "kept"

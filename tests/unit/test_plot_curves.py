@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.axes import Axes
@@ -15,9 +16,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary as torch_summary
 
+from paci_megatron.cli import plot
 from paci_megatron.telemetry import curves, plotting
+from paci_megatron.telemetry.curve_figure import make_figure
 from paci_megatron.telemetry.curves import Point, read_run, running_mean
-from tools import plot_curves
 
 TOKENS = 100  # an update's
 
@@ -190,10 +192,10 @@ def test_running_mean() -> None:
 def figure_axes(runs: list[Path | str], tmp_path: Path, *options: str) -> Axes:
     """The axes of the picture that a command line describes."""
     argv = [*map(str, runs), "--output", str(tmp_path / "x.png"), *options]
-    arguments = plot_curves._parser().parse_intermixed_args(argv)
-    plot_curves._check(arguments)
-    read = [read_run(path, label, arguments.seq_length) for label, path in plot_curves._named_paths(arguments.runs)]
-    return plot_curves.make_figure(read, arguments).axes[0]
+    parsed = plot._parser("plot").parse_intermixed_args(argv)
+    look = plot._look(parsed)
+    read = [read_run(path, label, parsed.seq_length) for label, path in plot._named_paths(parsed.runs)]
+    return make_figure(read, look).axes[0]
 
 
 def line_data(axes: Any) -> list[list[tuple[float, float]]]:
@@ -248,7 +250,7 @@ def test_runs_look_different_and_seeds_of_one_label_alike(tmp_path: Path) -> Non
 
 
 def test_labels_are_the_shortest_names_that_differ(tmp_path: Path) -> None:
-    name = plot_curves._named_paths
+    name = plot._named_paths
     assert name(["runs/a.jsonl", "b=x/c.jsonl"]) == [("a", Path("runs/a.jsonl")), ("b", Path("x/c.jsonl"))]
     assert [label for label, _ in name(["x/m.jsonl", "y/m.jsonl"])] == ["x/m.jsonl", "y/m.jsonl"]
     odd = tmp_path / "lr=1.jsonl"
@@ -280,10 +282,10 @@ def test_inset_shows_the_end_of_every_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("X.PDF", b"%PDF")])
 def test_picture_is_of_the_kind_that_its_name_ends_in_and_always_the_same(tmp_path: Path, name: str, start: bytes) -> None:
     argv = [str(metrics_file(tmp_path)), "--output", str(tmp_path / name), "--inset", "--split", "train"]
-    assert plot_curves.main(argv) == 0
+    assert plot.main(argv, "plot_curves.py") == 0
     picture = (tmp_path / name).read_bytes()
     assert picture.startswith(start) and len(picture) > 3000
-    assert plot_curves.main(argv) == 0
+    assert plot.main(argv, "plot_curves.py") == 0
     assert (tmp_path / name).read_bytes() == picture
 
 
@@ -295,6 +297,12 @@ def test_picture_is_of_the_kind_that_its_name_ends_in_and_always_the_same(tmp_pa
         (["--smooth", "0"], "--smooth 0: must be at least 1"),
         (["--inset", "1"], "--inset 1.0: must be above 0 and below 1"),
         (["--y-range", "3", "2"], "--y-range 3 2: LOW must be below HIGH; exchange them"),
+        (["--y-range", "-1", "5", "--log", "y"], "--y-range -1 5: a logarithmic axis has no -1; give LOW above 0"),
+        (["--y-range", "0", "5", "--log", "xy"], "--y-range 0 5: a logarithmic axis has no 0; give LOW above 0"),
+        (["--y-range", "nan", "5"], "--y-range nan 5: both must be numbers"),
+        (["--y-range", "1", "inf"], "--y-range 1 inf: both must be numbers"),
+        (["--output", "/proc/x.png"], "--output /proc/x.png: cannot be written"),
+        (["--title", "a \u13a0\U00012000"], "a \u13a0\U00012000: no font of this machine has"),
         (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
         (["no/run.jsonl"], "no/run.jsonl: no such file or folder"),
     ],
@@ -302,10 +310,77 @@ def test_picture_is_of_the_kind_that_its_name_ends_in_and_always_the_same(tmp_pa
 def test_what_cannot_work_gets_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
 ) -> None:
-    assert plot_curves.main([str(metrics_file(tmp_path)), "--output", str(tmp_path / "x.png"), *options]) == 2
+    assert plot.main([str(metrics_file(tmp_path)), "--output", str(tmp_path / "x.png"), *options], "plot_curves.py") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"plot_curves.py: error: {reason}")
     assert not (tmp_path / "x.png").exists()
+
+
+NAN = float("nan")
+UNDRAWABLE: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
+    "all NaN": ([evaluation(i, NAN, 1.0 * i) for i in (1, 2)], [], "run: every validation loss is NaN or infinite"),
+    "all NaN, inset": ([evaluation(i, NAN, 1.0 * i) for i in (1, 2)], ["--inset"], "run: every validation loss is NaN"),
+    "all infinite": (
+        [{**evaluation(i, 5.0, 1.0), "loss": 800.0} for i in (1, 2)],
+        ["--y", "perplexity"],
+        "run: every validation perplexity",
+    ),
+    "NaN at the end": (
+        [evaluation(i, 5.0 if i < 5 else NAN, 1.0 * i) for i in range(1, 11)],
+        ["--inset", "0.3"],
+        "--inset 0.3: no finite value to enlarge; leave --inset out",
+    ),
+    "one point": ([evaluation(1, 5.0, 1.0)], ["--inset"], "--inset 0.25: one point to enlarge; leave --inset out"),
+    "nothing above 0": (
+        [evaluation(i, 0.0, 1.0 * i) for i in (1, 2)],
+        ["--log", "y"],
+        "--log y: run has no value above 0 on",
+    ),
+    "no time": (
+        [evaluation(i, 5.0, 0.0) for i in (1, 2)],
+        ["--log", "x", "--x", "time"],
+        "--log x: run has no value above 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "options", "reason"), UNDRAWABLE.values(), ids=list(UNDRAWABLE))
+def test_what_cannot_be_drawn_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], events: list[dict[str, Any]], options: list[str], reason: str
+) -> None:
+    argv = [str(metrics_file(tmp_path, events=events)), "--output", str(tmp_path / "x.png"), *options]
+    assert plot.main(argv, "plot_curves.py") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"plot_curves.py: error: {reason}")
+    assert not (tmp_path / "x.png").exists()
+
+
+LABELS = ["_hidden", "$x^2$", "$broken_{", "__", "naïve ½ — ж", "_$_", "a_b^c\\d %"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["x.png", "x.svg", "x.pdf"])
+def test_every_label_is_as_written(tmp_path: Path, name: str) -> None:
+    run = str(metrics_file(tmp_path))
+    title = "$ title_ $"
+    argv = [*(f"{label}={run}" for label in LABELS), "--title", title, "--output", str(tmp_path / name)]
+    assert plot.main(argv, "plot") == 0
+    options = plot._parser("plot").parse_intermixed_args(argv)
+    figure = make_figure([read_run(path, label) for label, path in plot._named_paths(options.runs)], plot._look(options))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == LABELS
+    if name == "x.svg":
+        written = [
+            "".join(element.itertext()) for element in ElementTree.parse(tmp_path / name).iter() if "text" in element.tag
+        ]
+        assert {*LABELS, title} <= set(written)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_for_whoever_shows_the_svg(tmp_path: Path) -> None:
+    label = "\u7ba1\u9053 \U00012000"
+    assert plot.main([f"{label}={metrics_file(tmp_path)}", "--output", str(tmp_path / "x.svg")], "plot") == 0
+    assert label in (tmp_path / "x.svg").read_text()
 
 
 def test_ticks_are_round_numbers_within_the_range() -> None:

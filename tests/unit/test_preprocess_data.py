@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paci_megatron.cli import main
+from paci_megatron.cli import preprocess as command
 from paci_megatron.data import DataError, corpus, encoding, preprocess, tokenizers
 from paci_megatron.data.corpus import CorpusOptions, Document, iter_documents
 from paci_megatron.data.sources import describe
 from paci_megatron.data.staging import Staging
 from paci_megatron.data.training_data import check_training_files
-from tools import preprocess_data
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "preprocess_data.py"
@@ -77,7 +78,7 @@ def run(*arguments: object, model: Path | None = None) -> int:
     """The command line in this process; with `model`, as a SentencePiece tokenizer."""
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)] if model else []
     try:
-        return preprocess_data.main([*map(str, arguments), *tokenizer])
+        return main.run("preprocess", [*map(str, arguments), *tokenizer], "preprocess_data.py")
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
@@ -253,6 +254,25 @@ def test_trains_a_tokenizer_on_what_is_not_held_out(tmp_path: Path, data: Path) 
     assert tokenizer.vocab_size == VOCAB_SIZE
     texts = [tokenizer.detokenize(ids[:-1]) for ids in read(tmp_path / "one" / "out_train_document")]
     assert texts == seen
+
+
+def test_every_character_but_one_comes_back_from_a_trained_tokenizer(tokenizer: Any) -> None:
+    for text in (
+        "  a  b\n\tc ",
+        "naïve 管道 \U0001f600",
+        "\x00\x7f\u00ad\ufeff\u2028 x",
+        "e\u0301 ﬁ ½ \uff21",
+        "</s> <unk> <0x41>",
+    ):
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    assert tokenizer.detokenize(tokenizer.tokenize("a\u2581b")) == "a b"
+
+
+def test_the_smallest_vocabulary_is_named_and_works() -> None:
+    with pytest.raises(DataError, match=r"it must be at least \d+$") as caught:
+        tokenizers.train_sentencepiece(TEXTS, 20)
+    assert "coverage" not in str(caught.value)
+    assert tokenizers.train_sentencepiece(TEXTS, int(str(caught.value).rsplit(" ", 1)[1]))
 
 
 # Inputs
@@ -551,7 +571,7 @@ def test_a_killed_run_leaves_the_earlier_output(
             yield document
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess_data, "_progress", killed_late)
+        patch.setattr(command, "_progress", killed_late)
         code = in_a_child(lambda: sys.exit(run("--input", shorter, *arguments, model=model)))
     assert code == -signal.SIGKILL
     after = {name: data for name, data in contents(tmp_path / "out").items() if ".partial/" not in name}
@@ -580,7 +600,7 @@ def test_a_failed_run_leaves_the_earlier_output_and_nothing_else(
         yield from itertools.islice(documents, 50)
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(preprocess_data, "_progress", failing)
+    monkeypatch.setattr(command, "_progress", failing)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*arguments, "--seed", 5, model=model)
     assert contents(tmp_path / "out") == earlier
@@ -610,7 +630,7 @@ def test_an_interrupt_from_the_keyboard(
         yield from itertools.islice(documents, 3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess_data, "_progress", interrupted)
+    monkeypatch.setattr(command, "_progress", interrupted)
     assert run("--input", data, "--output-prefix", tmp_path / "out" / "corpus", model=model) == 130
     assert capsys.readouterr().err == "preprocess_data.py: interrupted\n"
     assert not (tmp_path / "out").exists()
@@ -712,7 +732,7 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]
         "corrupt model": (["--input", good, *kind, folder / "corrupt.model"], "corrupt.model: cannot be loaded"),
         "no eod": (["--input", good, *kind, no_eod], "no_eod.model: has no end-of-document token"),
         "vocabulary too large": ([*training, 9999], "--vocab-size 9999: SentencePiece cannot train it: Vocabulary"),
-        "vocabulary too small": ([*training, 20], "--vocab-size 20: SentencePiece cannot train it: Vocabulary"),
+        "vocabulary too small": ([*training, 20], "--vocab-size 20: SentencePiece cannot train it: the text has so many"),
         "vocabulary of nothing": (
             ["--input", folder / "empty.txt", *training[2:], 300],
             "empty.txt: no document has any text",
