@@ -41,7 +41,8 @@ class Encoder:
 
         self.tokenizer = tokenizer
         self.eod = eod
-        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self.num_ids = int(tokenizer.vocab_size)
+        self.dtype = DType.optimal_dtype(self.num_ids)
 
     def __call__(self, chunk: list[Document]) -> Encoded:
         """The ids of a chunk of at least one document; DataError if one cannot be tokenized."""
@@ -54,26 +55,26 @@ class Encoder:
         )
 
     def _encode(self, document: Document) -> list[int]:
-        ids = token_ids(self.tokenizer, document.text, document.origin)
+        ids = token_ids(self.tokenizer, document.text, document.origin, self.num_ids)
         # Some Hugging Face tokenizers end every text with this token by themselves.
         if ids and self.eod is not None and ids[-1] != self.eod:
             ids.append(self.eod)
         return ids
 
 
-def token_ids(tokenizer: Any, text: str, origin: str) -> list[int]:
-    """The ids of a text; DataError, with where it came from, if it cannot be tokenized or has ids that no model would know.
+def token_ids(tokenizer: Any, text: str, origin: str, num_ids: int) -> list[int]:
+    """The ids of a text; DataError, with where it came from, if it cannot be tokenized or has ids from `num_ids` on.
 
-    Models are made with as many ids as the tokenizer says it has, `vocab_size`.
+    So many a model has: in training what the tokenizer says, its `vocab_size`, in an evaluation what the checkpoint has.
     """
     try:
         ids: list[int] = tokenizer.tokenize(text) if text else []
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise DataError(f"{origin}: cannot be tokenized: {error}; correct the text, or use another tokenizer") from error
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+    if ids and not 0 <= min(ids) <= max(ids) < num_ids:
         wrong = max(ids) if min(ids) >= 0 else min(ids)
-        named = f"token id {wrong} is outside the {tokenizer.vocab_size} that the tokenizer says it has"
-        raise DataError(f"{origin}: {named}; use another tokenizer, or correct its files")
+        remedy = "use another tokenizer, or correct its files"
+        raise DataError(f"{origin}: token id {wrong} is outside the vocabulary of {num_ids}; {remedy}")
     return ids
 
 

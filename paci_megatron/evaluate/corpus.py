@@ -109,10 +109,11 @@ def appends_eod(options: TextOptions) -> bool:
     return options.split_documents != "file" or [source.kind for source in sources] != ["text"]
 
 
-def read_text(options: TextOptions, tokenizer: Any, progress: Progress = iter) -> Corpus:
+def read_text(options: TextOptions, tokenizer: Any, num_ids: int, progress: Progress = iter) -> Corpus:
     """Text inputs, tokenized. Words and bytes are those of the text as it is, before it is detokenized.
 
-    ``DataError`` if an input cannot be read or there is nothing to score.
+    The model has ``num_ids`` token ids. ``DataError`` if an input cannot be read or has other ids, or there is nothing to
+    score.
     """
     appends = appends_eod(options)
     eod = end_of_document(tokenizer, "the tokenizer") if appends or options.score_first_token else None
@@ -120,7 +121,7 @@ def read_text(options: TextOptions, tokenizer: Any, progress: Progress = iter) -
     documents: list[np.ndarray] = []
     num_words = num_bytes = 0
     for document in progress(find_text(options)):
-        ids = token_ids(tokenizer, undo(arrange_rows(document.text, options.rows)), document.origin)
+        ids = token_ids(tokenizer, undo(arrange_rows(document.text, options.rows)), document.origin, num_ids)
         if ids and eod is not None and appends and ids[-1] != eod:
             ids.append(eod)
         if ids:

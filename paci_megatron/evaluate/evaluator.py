@@ -161,15 +161,16 @@ def _read(options: EvaluationOptions, args: argparse.Namespace) -> Material:
     """The inputs as windows; ``DataError`` if they cannot be read or have tokens that the model does not know."""
     text, context = options.text, args.seq_length
     tokenizer: Any = _build_tokenizer(args) if options.needs_tokenizer else None
+    num_ids = args.padded_vocab_size or getattr(tokenizer, "vocab_size", 0)
     if options.task == "lambada":
-        examples = lambada.last_words(corpus.find_text(text), tokenizer, context)
+        examples = lambada.last_words(corpus.find_text(text), tokenizer, num_ids, context)
         count, num_tokens = len(examples.streams), sum(map(len, examples.streams))
         material = Material(examples.streams, examples.windows, num_tokens, count, count, examples.num_bytes)
     else:
         if options.prefixes:
             read = corpus.read_indexed(options.prefixes, text, tokenizer)
         else:
-            read = corpus.read_text(text, tokenizer)
+            read = corpus.read_text(text, tokenizer, num_ids)
         windows = [
             window
             for index, stream in enumerate(read.streams)

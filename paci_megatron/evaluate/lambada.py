@@ -25,18 +25,19 @@ class Examples(NamedTuple):
     num_bytes: int
 
 
-def last_words(documents: Iterable[Document], tokenizer: Any, context: int) -> Examples:
+def last_words(documents: Iterable[Document], tokenizer: Any, num_ids: int, context: int) -> Examples:
     """An example of each document; the word's tokens are those in which the text differs from the text before the word.
 
-    A passage longer than ``context`` keeps its end. ``DataError`` for a passage of one word, or a word beyond ``context``.
+    The model has ``num_ids`` token ids. A passage longer than ``context`` keeps its end. ``DataError`` for a passage of one
+    word, or a word beyond ``context``.
     """
     streams: list[np.ndarray] = []
     windows: list[Window] = []
     num_bytes = 0
     for text, origin, _ in documents:
         word = _LAST_WORD.search(text)
-        before = token_ids(tokenizer, text[: word.start()], origin) if word else []
-        ids = token_ids(tokenizer, text.rstrip(), origin)
+        before = token_ids(tokenizer, text[: word.start()], origin, num_ids) if word else []
+        ids = token_ids(tokenizer, text.rstrip(), origin, num_ids)
         if ids and ids[-1] == tokenizer.eod:
             ids.pop()  # some tokenizers end every text with it
         shared = _common_length(before, ids)

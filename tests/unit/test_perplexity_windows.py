@@ -157,7 +157,7 @@ def text_file(folder: Path, text: str, name: str = "a.txt") -> str:
 def test_counts_are_those_of_the_original_text(tmp_path: Path) -> None:
     text = "an é @-@ x . "
     options = TextOptions((text_file(tmp_path, text),), detokenizer="wikitext")
-    corpus = read_text(options, Letters())
+    corpus = read_text(options, Letters(), 2000)
     assert Letters().detokenize(corpus.streams[0].tolist()) == "an é-x."
     assert (corpus.num_tokens, corpus.num_words, corpus.num_bytes) == (6, 5, len(text.encode()))
 
@@ -168,11 +168,11 @@ def test_documents_end_with_eod_and_may_be_streams_of_their_own(
 ) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("ab", "", "cdef"))
     path = text_file(tmp_path, lines, "a.jsonl")
-    corpus = read_text(TextOptions((path,), per_document=per_document), Letters())
+    corpus = read_text(TextOptions((path,), per_document=per_document), Letters(), 2000)
     assert [len(stream) for stream in corpus.streams] == lengths
     assert np.concatenate(corpus.streams).tolist() == [ord(c) or EOD for c in "ab\0cdef\0"]
     assert (corpus.num_documents, corpus.num_words, corpus.num_bytes) == (2, 2, 6)
-    bare = read_text(TextOptions((path,), append_eod=False), Letters())
+    bare = read_text(TextOptions((path,), append_eod=False), Letters(), 2000)
     assert bare.streams[0].tolist() == [ord(c) for c in "abcdef"]
 
 
@@ -185,20 +185,20 @@ def test_one_text_file_has_no_eod_by_default(tmp_path: Path) -> None:
 
 
 def test_first_token_is_scored_after_eod(tmp_path: Path) -> None:
-    corpus = read_text(TextOptions((text_file(tmp_path, "ab"),), score_first_token=True), Letters())
+    corpus = read_text(TextOptions((text_file(tmp_path, "ab"),), score_first_token=True), Letters(), 2000)
     assert corpus.streams[0].tolist() == [EOD, ord("a"), ord("b")]
     assert corpus.num_tokens == 2
 
 
 def test_a_name_that_is_no_file_is_not_looked_for_elsewhere() -> None:
     with pytest.raises(DataError, match="--input wikitext: no such file"):
-        read_text(TextOptions(("wikitext",)), Letters())
+        read_text(TextOptions(("wikitext",)), Letters(), 2000)
 
 
 @pytest.mark.parametrize("text", ["", "a"])
 def test_nothing_to_score_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="nothing can be scored"):
-        read_text(TextOptions((text_file(tmp_path, text),)), Letters())
+        read_text(TextOptions((text_file(tmp_path, text),)), Letters(), 2000)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def documents(*texts: str) -> list[Document]:
 
 
 def test_last_words_are_the_tokens_that_the_text_before_lacks() -> None:
-    examples = last_words(documents("the sky is blue\n", "say  né"), Letters(), context=100)
+    examples = last_words(documents("the sky is blue\n", "say  né"), Letters(), 2000, context=100)
     for stream, window, word in zip(examples.streams, examples.windows, (" blue", " né"), strict=True):
         assert window.end == len(stream) - 1
         assert stream[window.begin + window.first_scored + 1 :].tolist() == Letters().tokenize(word)
@@ -271,7 +271,7 @@ def test_last_words_are_the_tokens_that_the_text_before_lacks() -> None:
 
 
 def test_long_passages_keep_their_end() -> None:
-    (window,) = last_words(documents("abcdefgh ij"), Letters(), context=4).windows
+    (window,) = last_words(documents("abcdefgh ij"), Letters(), 2000, context=4).windows
     assert window == Window(0, 5, 9, 2)
 
 
@@ -280,7 +280,7 @@ def test_a_token_that_ends_every_text_is_no_part_of_the_word() -> None:
         def tokenize(self, text: str) -> list[int]:
             return [*super().tokenize(text), EOD]
 
-    (plain,), (ended,) = (last_words(documents("ab cd"), made, 10).streams for made in (Letters(), Ending()))
+    (plain,), (ended,) = (last_words(documents("ab cd"), made, 2000, 10).streams for made in (Letters(), Ending()))
     assert plain.tolist() == ended.tolist()
 
 
@@ -289,7 +289,7 @@ def test_a_token_that_ends_every_text_is_no_part_of_the_word() -> None:
 )
 def test_passages_without_context_or_with_a_word_beyond_it_are_refused(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        last_words(documents(text), Letters(), context=4)
+        last_words(documents(text), Letters(), 2000, context=4)
 
 
 class Gaps(Letters):
@@ -308,7 +308,7 @@ class Numbers(Letters):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (Gaps(), "a.jsonl:2: token id 1099 is outside the 99 that the tokenizer says it has; use another tokenizer"),
+        (Gaps(), "a.jsonl:2: token id 1099 is outside the vocabulary of 99; use another tokenizer"),
         (Numbers(), "a.jsonl:1: cannot be tokenized: invalid literal for int"),
     ],
 )
@@ -318,12 +318,12 @@ def test_what_cannot_be_tokenized_is_named(tmp_path: Path, tokenizer: Any, messa
     if isinstance(tokenizer, Gaps):
         (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a c"}\n')
     with pytest.raises(DataError, match=message):
-        read_text(options, tokenizer)
+        read_text(options, tokenizer, tokenizer.vocab_size)
     with pytest.raises(DataError, match=message.replace("1:", "[12]:")):
         encoding.Encoder(tokenizer, None)(list(find_text(options)))
     if isinstance(tokenizer, Numbers):
         with pytest.raises(DataError, match=message):
-            last_words(find_text(options), tokenizer, 10)
+            last_words(find_text(options), tokenizer, tokenizer.vocab_size, 10)
 
 
 def test_figures() -> None:
@@ -496,7 +496,7 @@ def test_wikitext_counts() -> None:
     tokenizer = _build_tokenizer(argparse.Namespace(tokenizer_type="GPT2BPETokenizer", **settings))
 
     def counts(**options: Any) -> SimpleNamespace:
-        corpus = read_text(TextOptions((str(folder / "wikitext-2/test.txt"),), **options), tokenizer)
+        corpus = read_text(TextOptions((str(folder / "wikitext-2/test.txt"),), **options), tokenizer, tokenizer.vocab_size)
         return SimpleNamespace(tokens=corpus.num_tokens, words=corpus.num_words, size=corpus.num_bytes)
 
     assert counts() == SimpleNamespace(tokens=295_877, words=241_211, size=1_256_449)

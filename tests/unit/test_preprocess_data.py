@@ -919,8 +919,8 @@ def test_the_program_says_only_what_matters(tmp_path: Path, data: Path, model: P
 
 def test_a_wrong_path_is_refused_before_megatron_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from tools import preprocess_data as tool; "
-        "code = tool.main(['--input', 'none.txt', '--output-prefix', 'x', '--train-tokenizer', '--vocab-size', '9']);"
+        "import sys; from paci_megatron.cli import preprocess; "
+        "code = preprocess.main(['--input', 'none.txt', '--output-prefix', 'x', '--train-tokenizer', '--vocab-size', '9']);"
         "heavy = {'torch', 'megatron', 'datasets', 'sentencepiece', 'transformers'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else code)"
     )
@@ -929,5 +929,5 @@ def test_a_wrong_path_is_refused_before_megatron_is_imported(tmp_path: Path) -> 
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     message = "--input none.txt: no such file or directory; correct the path"
-    assert (done.returncode, done.stderr) == (2, f"preprocess_data.py: error: {message}\n")
+    assert (done.returncode, done.stderr) == (2, f"paci-megatron preprocess: error: {message}\n")
     assert not any(tmp_path.iterdir())
