@@ -226,7 +226,7 @@ def _split_remedy(proportions: Sequence[float], opened: Sequence[Index], evaluat
     if found is not None and found != ",".join(f"{share:g}" for share in proportions):
         return f"Give --split {found}"
     if evaluates and min(len(index.lengths) for index in opened) == 1:
-        cut = "preprocess it again with --split-documents blank-line or line, or with --held-out-fraction"
+        cut = "preprocess it again with --split-documents blank-line or line"
         return f"One document cannot be split: {cut}; or give --split 1,0,0 --eval-iters 0"
     return "Give another --split, or preprocess more documents"
 
