@@ -97,7 +97,7 @@ def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
         default=None,
         metavar="DIR",
         help="Write down for each stage, in a file of its own in this folder, when it did each action of its plan: "
-        "computing, waiting and transfers apart, and the computing of each layer. tools/plan_schedule.py --trace draws it. "
+        "computing, waiting and transfers apart, and the computing of each layer. paci-megatron plan --trace draws it. "
         "Works with either schedule.",
     )
 

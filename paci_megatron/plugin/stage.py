@@ -72,12 +72,13 @@ class Stage:
         self._finalize_groups.embd = _Alone()  # tied gradients are summed in runtime/tied_embeddings.py
 
     def tied_weight(self) -> torch.nn.Parameter | None:
-        """The matrix that the first and last stage share, (vocabulary, hidden), where the model ties it and this is one of
-        them.
+        """The matrix that the first and last stage train together, (vocabulary, hidden), where the model ties it and this
+        is one of them. A frozen one (``--freeze-all-layers``) has no gradient to share.
         """
         if not self.ties_embeddings or not (self.is_first or self.is_last):
             return None
-        return unwrap_model(self.model).shared_embedding_or_output_weight()
+        weight: torch.nn.Parameter = unwrap_model(self.model).shared_embedding_or_output_weight()
+        return weight if weight.requires_grad else None
 
     def tied_fingerprint(self) -> int | None:
         """A number that the same tied matrix, bit for bit, gives on the other stage; None where there is none."""

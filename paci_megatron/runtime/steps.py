@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 
 class OptimizerSteps:
-    """Steps a stage's optimizer: all of it, or in a skipped update nothing but the tied embedding.
+    """Says what of a stage's optimizer an update steps: all of it, or in a skipped one nothing but the tied embedding.
 
     That is stepped when the other stage that holds it does, which may not skip: the two must not differ.
     PyTorch's Adam counts steps by parameter. Those of Transformer Engine and Apex count them by parameter group, also for
@@ -27,27 +28,32 @@ class OptimizerSteps:
         self._tied_ahead = 0  # steps of the tied embedding more than of its group
         self._counts_by_group = False
 
-    def step(self, loop_optimizer: Any, applies: bool, tied: torch.nn.Parameter | None, tied_applies: bool = True) -> None:
-        """Call ``loop_optimizer.step``, which steps this stage's optimizer, for what is to be stepped.
+    def due(
+        self, applies: bool, tied: torch.nn.Parameter | None, tied_applies: bool = True
+    ) -> Iterator[AbstractContextManager[None]]:
+        """The optimizer's steps that make up an update, each a context in which to call its ``step``.
 
         ``applies`` is whether the update is not skipped; ``tied`` the embedding, if it is here, and ``tied_applies`` whether
         that is stepped.
         """
         if tied is None or (applies == tied_applies and not self._tied_ahead):
             if applies:
-                loop_optimizer.step()
+                yield contextlib.nullcontext()
             return
         others: list[torch.Tensor] = []
         tied_parts: list[torch.Tensor] = []
         for parameter in self._optimizer.get_parameters():
             (tied_parts if is_part_of(parameter, tied) else others).append(parameter)
         if tied_applies:
-            with _without_gradients(others), self._tied_count():
-                loop_optimizer.step()
+            yield self._tied_alone(others)
         if applies:
-            with _without_gradients(tied_parts):
-                loop_optimizer.step()
+            yield _without_gradients(tied_parts)
         self._tied_ahead += tied_applies - applies
+
+    @contextlib.contextmanager
+    def _tied_alone(self, others: Iterable[torch.Tensor]) -> Iterator[None]:
+        with _without_gradients(others), self._tied_count():
+            yield
 
     @contextlib.contextmanager
     def _tied_count(self) -> Iterator[None]:

@@ -119,7 +119,9 @@ class StageUpdate:
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
-            self._steps.step(self._loop_optimizer, applies, tied_weight, tied_applies)
+            for step in self._steps.due(applies, tied_weight, tied_applies):
+                with step:
+                    self._loop_optimizer.step()
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()

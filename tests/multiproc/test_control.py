@@ -98,12 +98,11 @@ def test_drained_clipping_is_megatrons(pool: GetPool, corpus: str, num_stages: i
 
 
 @pytest.mark.parametrize(("num_stages", "a"), [(2, 2), (4, 3)])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "per-token"])
+@pytest.mark.parametrize(("tied", "per_token"), [(True, False), (False, True), (True, True)])
 def test_drained_tied_or_per_token_training_is_megatrons_bit_for_bit(
-    pool: GetPool, corpus: str, num_stages: int, a: int, tied: bool
+    pool: GetPool, corpus: str, num_stages: int, a: int, tied: bool, per_token: bool
 ) -> None:
-    """Not both at once: Megatron divides the sum of the tied gradients by the tokens, and PACI each part."""
-    argv = argv_of(corpus, num_stages, a, *([] if tied else ["--calculate-per-token-loss"]), tied=tied)
+    argv = argv_of(corpus, num_stages, a, *(["--calculate-per-token-loss"] if per_token else []), tied=tied)
     flush = pool(num_stages).run("train", argv=argv)
     drained = pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-drain-interval", "1"])
     assert_same_bits(flush, drained)

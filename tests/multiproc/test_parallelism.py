@@ -62,6 +62,7 @@ MODELS = [
     Model("muon", ("--optimizer", "muon")),
     Model("lion", ("--optimizer", "lion")),
     Model("soap", ("--optimizer", "soap")),
+    Model("frozen", ("--freeze-all-layers",), ties=True),
     Model("multi-token-prediction", MULTI_TOKEN),
     Model("multi-token-prediction-tied", MULTI_TOKEN, ties=True),
     Model(

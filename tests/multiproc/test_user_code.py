@@ -12,7 +12,7 @@ from tests.support import user_code
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_run, emulated
 
 NUM_STAGES, UPDATES = 4, 6
-FRAMES = 8  # from Megatron's train to the optimizer step: the way that docs/design.md shows
+FRAMES = 7  # from Megatron's train to the optimizer step: the way that docs/design.md shows
 
 
 @pytest.mark.parametrize("num_stages", [NUM_STAGES])

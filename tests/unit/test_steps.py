@@ -75,7 +75,9 @@ class Stage:
         self.own.grad, self.tied.grad = gradients(seed)
         if not applies:
             self.own.grad = torch.full((4,), math.nan)
-        self._steps.step(self.optimizer, applies, self.tied if self._ties else None)
+        for step in self._steps.due(applies, self.tied if self._ties else None):
+            with step:
+                self.optimizer.step()
 
 
 @pytest.mark.parametrize("by_group", [True, False], ids=["by-group", "by-parameter"])
