@@ -35,7 +35,7 @@ def last_checkpoint(folder: Path) -> int:
     "more",
     [
         pytest.param(("--pipeline-schedule", "paci"), id="paci"),
-        pytest.param((), id="1f1b"),
+        pytest.param((), id="1f1b", marks=pytest.mark.slow),
         pytest.param(
             ("--pipeline-schedule", "paci", "--async-save", "--async-strategy", "mcore"), id="async", marks=pytest.mark.slow
         ),

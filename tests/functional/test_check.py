@@ -38,7 +38,6 @@ COMMANDS: list[tuple[str, str, list[str]]] = [
         [
             "--num-virtual-stages-per-pipeline-rank is off",
             "--cuda-graph-impl is off",
-            "--overlap-param-gather is off",
             "--masked-softmax-fusion is off: it needs Apex",
         ],
     ),
