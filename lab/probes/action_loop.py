@@ -63,6 +63,8 @@ class _AloneLink:
 class _Alone:
     """A first stage's transport to a second one that has every gradient ready, and takes no time."""
 
+    receives_hold_device = False
+
     def __init__(self, gradient: torch.Tensor) -> None:
         self._link = _AloneLink(gradient)
 

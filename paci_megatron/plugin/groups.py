@@ -89,9 +89,14 @@ def nccl_options(args: argparse.Namespace) -> Any:
     stage in the middle. So they are few, and their stream has priority, since another stage waits for what it carries. What
     ``--nccl-communicator-config-path`` says of ``pp``, the group that Megatron itself would use, goes before.
     """
-    if args.distributed_backend != "nccl" or args.paci_link == "host":
+    if not _over_nccl(args):
         return None
     return parallel_state.get_nccl_options("pp", {"pp": _transfer_settings(args)})
+
+
+def _over_nccl(args: argparse.Namespace) -> bool:
+    """Whether transfers are kernels on a GPU."""
+    return args.distributed_backend == "nccl" and args.paci_link != "host"
 
 
 def _transfer_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def leave_room_for_transfers(args: argparse.Namespace) -> str | None:
     free, and would wait for the neighbour that a pending receive waits for. Two receives are pending as a rule, and a third
     for a moment. To be called before the model is built. A margin that the user has set stays.
     """
-    over_nccl = args.distributed_backend == "nccl" and args.paci_link != "host" and args.paci_emulate_stages is None
+    over_nccl = _over_nccl(args) and args.paci_emulate_stages is None
     if not over_nccl or args.transformer_impl != "transformer_engine" or all(name in os.environ for name in _NORM_MARGINS):
         return None
     margin = str(3 * int(_transfer_settings(args)["max_ctas"]))
@@ -180,6 +185,7 @@ class ProcessTransport:
                 "before training. Pad the batches to --seq-length."
             )
         self._args = args
+        self.receives_hold_device = _over_nccl(args)
         self._dtype = config.pipeline_dtype
         (self._shape,) = get_tensor_shapes(
             seq_length=args.seq_length,
@@ -232,13 +238,15 @@ class ProcessTransport:
         hold = sends_in_flight(num_stages, extra)
         # An activation is in use from when its receive is posted to the end of its backward.
         held = max_in_flight(stage_index, num_stages, extra) + lead_of_previous(stage_index, num_stages, extra)
+        # A gradient, to the end of its backward; and those that are posted ahead.
+        gradients = 1 if self.receives_hold_device else 1 + lead_of_previous(stage_index + 1, num_stages, extra)
         previous = following = None
         if self._before is not None:
             outgoing = self._outgoing("PACI_GRADIENTS", self._before, hold)
             previous = Neighbour(self._before, outgoing, self._incoming("PACI_ACTIVATIONS", self._before, ring=held))
         if self._after is not None:
             outgoing = self._outgoing("PACI_ACTIVATIONS", self._after, hold)
-            following = Neighbour(self._after, outgoing, self._incoming("PACI_GRADIENTS", self._after, ring=1))
+            following = Neighbour(self._after, outgoing, self._incoming("PACI_GRADIENTS", self._after, gradients))
         return previous, following
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:

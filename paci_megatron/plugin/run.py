@@ -194,6 +194,7 @@ class Run:
             microbatches_per_update,
             config.extra_in_flight,
             lambda update: drains.is_drain(begin + update),
+            gradients_ahead=not self._transport.receives_hold_device,
         )
 
     def _begin_plans(self, microbatches_per_update: int) -> None:

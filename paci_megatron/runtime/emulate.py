@@ -135,6 +135,8 @@ def in_process_links(num_stages: int) -> list[InProcessLink]:
 class InProcessTransport:
     """A :class:`~.links.Transport` of stages that are all in this process."""
 
+    receives_hold_device = False
+
     def __init__(self, num_stages: int, ties_embeddings: bool, agree: Callable[[Record], Record]) -> None:
         """``agree`` makes one record of those of several such processes, replicas of the pipeline."""
         self._links = in_process_links(num_stages)

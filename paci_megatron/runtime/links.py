@@ -51,6 +51,9 @@ class Transport(Protocol):
     What :meth:`link` and :meth:`tied_exchange` return serves one plan, whose record lag is ``record_lag``.
     """
 
+    receives_hold_device: bool
+    """Whether a pending receive is a kernel on the device, as over NCCL: gradients' receives are then not posted ahead."""
+
     def link(self, stage_index: int, record_lag: int) -> StageLink:
         """The transfers and records of a stage of this process."""
 

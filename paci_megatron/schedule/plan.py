@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from .actions import Action, Kind
@@ -17,7 +17,7 @@ class Plan:
     """The actions of every stage, transfers and records included, decided by counting from an empty pipeline.
 
     Micro-batches count from 0 and updates from 1 since the plan began. ``schedule`` is "paci", or "1f1b" for 1F1B-flush,
-    which drains at every update.
+    which drains at every update. ``gradients_ahead`` is for transfers that leave the device alone while they are pending.
     """
 
     schedule: str
@@ -25,6 +25,7 @@ class Plan:
     microbatches_per_update: int
     extra_in_flight: int = 0
     is_drain: IsDrain = never
+    gradients_ahead: bool = False
 
     @property
     def record_lag(self) -> int:
@@ -46,7 +47,8 @@ class Plan:
             computed, is_drain = paci(stage_index, n, a, self.is_drain, extra), self.is_drain
         else:
             computed, is_drain = one_f_one_b_flush(stage_index, n, a), lambda update: True
-        return with_records(with_transfers(computed, stage_index, n, a, is_drain, extra), n, a, is_drain, extra)
+        transferred = with_transfers(computed, stage_index, n, a, is_drain, extra, self.gradients_ahead)
+        return with_records(transferred, n, a, is_drain, extra)
 
     def check(self) -> None:
         """``PlanError`` unless this plan keeps every rule of :func:`~.validate.validate`.
@@ -56,15 +58,10 @@ class Plan:
         """
         longest = 2 * self.record_lag + 1
         last = next((update for update in range(1, longest) if self.is_drain(update)), longest)
-        cut = Plan(
-            self.schedule,
-            self.num_stages,
-            self.microbatches_per_update,
-            self.extra_in_flight,
-            lambda update: update == last or self.is_drain(update),
-        )
+        cut = replace(self, is_drain=lambda update: update == last or self.is_drain(update))
         end = Action(Kind.UPDATE, last)
         stages = range(self.num_stages)
         plans = [[*takewhile(lambda action: action != end, cut.actions(stage)), end] for stage in stages]
         drains = range(1, last + 1) if self.schedule != "paci" else (last,)
-        validate(plans, self.microbatches_per_update, self.extra_in_flight, drains)
+        resident = not self.gradients_ahead
+        validate(plans, self.microbatches_per_update, self.extra_in_flight, drains, resident)

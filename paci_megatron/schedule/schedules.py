@@ -72,6 +72,7 @@ def with_transfers(
     microbatches_per_update: int,
     is_drain: IsDrain = never,
     extra_in_flight: int = 0,
+    gradients_ahead: bool = False,
 ) -> Iterator[Action]:
     """``actions`` with the transfers between neighbours.
 
@@ -79,20 +80,28 @@ def with_transfers(
     stand as many micro-batches ahead as the previous stage may be (:func:`lead_of_previous`), so that none waits for its
     receiver, except across a drain, where nothing may be pending. A gradient's stands right before its backward: on a GPU a
     posted receive is a kernel that stays until its data comes, and what needs the whole device waits for it. Were both
-    posted ahead, two neighbours could each wait for what the other sends later (docs/design.md, Transfers).
+    posted ahead, two neighbours could each wait for what the other sends later (docs/design.md, Transfers). Where a pending
+    receive holds only memory, ``gradients_ahead`` hides the gradients' transfers too.
     """
-    a, lead = microbatches_per_update, lead_of_previous(stage_index, num_stages, extra_in_flight)
+    a = microbatches_per_update
     first, last = stage_index == 0, stage_index == num_stages - 1
-    posted = 0  # receives of activations
+    forward_lead = lead_of_previous(stage_index, num_stages, extra_in_flight)
+    backward_lead = lead_of_previous(stage_index + 1, num_stages, extra_in_flight) if gradients_ahead and not last else 0
+    posted = {Kind.RECV_FORWARD: 0, Kind.RECV_BACKWARD: 0}
+
+    def receives(kind: Kind, microbatch: int, lead: int) -> Iterator[Action]:
+        while posted[kind] <= microbatch + lead:
+            ahead = posted[kind]
+            if ahead > microbatch and ahead % a == 0 and is_drain(ahead // a):
+                break
+            yield Action(kind, ahead)
+            posted[kind] += 1
+
     for action in actions:
         if action.kind is Kind.FORWARD and not first:
-            while posted <= action.index + lead:
-                if posted > action.index and posted % a == 0 and is_drain(posted // a):
-                    break
-                yield Action(Kind.RECV_FORWARD, posted)
-                posted += 1
+            yield from receives(Kind.RECV_FORWARD, action.index, forward_lead)
         elif action.kind is Kind.BACKWARD and not last:
-            yield Action(Kind.RECV_BACKWARD, action.index)
+            yield from receives(Kind.RECV_BACKWARD, action.index, backward_lead)
         yield action
         if action.kind is Kind.FORWARD and not last:
             yield Action(Kind.SEND_FORWARD, action.index)

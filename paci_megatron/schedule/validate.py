@@ -18,6 +18,7 @@ def validate(
     microbatches_per_update: int,
     extra_in_flight: int = 0,
     drains: Sequence[int] = (),
+    resident_transfers: bool = True,
 ) -> None:
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
@@ -27,11 +28,12 @@ def validate(
     even if everything that is computed needs the whole device. Transfers are rendezvous: each stays on both devices until
     its send and its receive are posted. A forward, backward, report or update waits until all that its stage has posted is
     complete, and a stage waits for its oldest send once ``sends_in_flight`` are not complete. Fewer waits never stop a stage
-    sooner, so a plan that runs under these runs whichever of its actions need the whole device.
+    sooner, so a plan that runs under these runs whichever of its actions need the whole device. Without
+    ``resident_transfers`` a forward or backward waits for its own transfer only.
     """
     for stage_index, plan in enumerate(plans):
         _check_stage(plans, stage_index, plan, microbatches_per_update, extra_in_flight, frozenset(drains))
-    _check_transfers(plans, sends_in_flight(len(plans), extra_in_flight))
+    _check_transfers(plans, sends_in_flight(len(plans), extra_in_flight), resident_transfers)
 
 
 def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
@@ -87,14 +89,16 @@ def _check_stage(
         done[kind] += 1
 
 
-def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int) -> None:
+def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int, resident: bool) -> None:
     """Run all plans together, each action waiting for all that it might have to, and see that everyone reaches the end."""
     num_stages = len(plans)
     position = [0] * num_stages
     posted: list[dict[Kind, int]] = [dict.fromkeys(Kind, 0) for _ in plans]
 
     def device_is_free(stage: int) -> bool:
-        """Whether every transfer posted so far is complete on this stage's device."""
+        """Whether every transfer posted so far is complete on this stage's device, or none holds it."""
+        if not resident:
+            return True
         own = posted[stage]
         before = posted[stage - 1] if stage > 0 else own
         after = posted[stage + 1] if stage < num_stages - 1 else own
@@ -108,7 +112,11 @@ def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int) -> None
     def may_run(stage: int, action: Action) -> bool:
         m = action.index
         match action.kind:
-            case Kind.FORWARD | Kind.BACKWARD | Kind.UPDATE:
+            case Kind.FORWARD:
+                return device_is_free(stage) and (stage == 0 or posted[stage - 1][Kind.SEND_FORWARD] > m)
+            case Kind.BACKWARD:
+                return device_is_free(stage) and (stage == num_stages - 1 or posted[stage + 1][Kind.SEND_BACKWARD] > m)
+            case Kind.UPDATE:
                 return device_is_free(stage)
             case Kind.REPORT:
                 return device_is_free(stage) and (stage == num_stages - 1 or posted[stage + 1][Kind.REPORT] >= m)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import paci_megatron
 from paci_megatron.runtime.links import P2PLink
-from paci_megatron.schedule import Kind, paci, with_transfers
+from paci_megatron.schedule import Kind
+from paci_megatron.schedule.plan import Plan
 
 EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
@@ -85,7 +86,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     transport = ProcessTransport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
         stage_link = transport.link(stage_index, 2)
-        _run_plan(result, stage_link, device)
+        _run_plan(result, stage_link, device, gradients_ahead=not transport.receives_hold_device)
         stage_link.drain()
     pair = transport.tied_exchange(stage_index, 1)
     if pair is not None:
@@ -96,15 +97,15 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         pair.drain()
 
 
-def _run_plan(result: LinkResult, link: P2PLink, device: torch.device) -> None:
+def _run_plan(result: LinkResult, link: P2PLink, device: torch.device, gradients_ahead: bool) -> None:
     """The transfers of this stage's plan, up to a drain. Each tensor is the micro-batch's number, gradients negative."""
 
     def is_drain(update: int) -> bool:
         return update == UPDATES
 
     stage, num_stages = dist.get_rank(), dist.get_world_size()
-    plan = paci(stage, num_stages, A, is_drain, EXTRA)
-    for action in with_transfers(plan, stage, num_stages, A, is_drain, EXTRA):
+    plan = Plan("paci", num_stages, A, EXTRA, is_drain, gradients_ahead)
+    for action in plan.actions(stage):
         value = torch.full(SHAPE, float(action.index), dtype=torch.bfloat16, device=device)
         match action.kind:
             case Kind.RECV_FORWARD:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from paci_megatron.schedule import Action, Kind
-from tests.support.plans import gradients_ahead, plans_of
+from tests.support.plans import plans_of
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
 SENDS = {Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD), Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD)}
@@ -62,6 +62,6 @@ def test_a_plan_runs_through_a_single_queue(num_stages: int, a: int) -> None:
     plans = plans_of(num_stages, a, updates=6)
     assert stuck(plans) == []
     # Gradients posted ahead need a group of their own: such a receive would hold up a send to the same stage.
-    ahead = [gradients_ahead(plan) for plan in plans]
+    ahead = plans_of(num_stages, a, updates=6, gradients_ahead=True)
     assert stuck(ahead) == []
     assert stuck(ahead, by_direction=False) != []

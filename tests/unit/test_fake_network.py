@@ -25,7 +25,9 @@ Incoming = Callable[..., DirectIncoming]
 
 
 class Network:
-    """The transport of one stage, as plugin/groups.py makes it; groups are names here."""
+    """The transport of one stage, as plugin/groups.py makes it over NCCL; groups are names here."""
+
+    receives_hold_device = True
 
     def __init__(self, stage: int, extra: int, incoming: Incoming) -> None:
         self._stage, self._extra, self._incoming = stage, extra, incoming

@@ -150,8 +150,9 @@ def test_validator_finds_what_is_left_at_a_drain() -> None:
 @pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 1, 0), (4, 3, 3), (8, 2, 7), (8, 16, 0)])
 def test_a_plan_that_a_run_makes_passes_its_own_check(schedule: str, num_stages: int, a: int, extra: int) -> None:
     extra = extra if schedule == "paci" else 0
-    Plan(schedule, num_stages, a, extra).check()
-    Plan(schedule, num_stages, a, extra, lambda update: update in (1, 2, 5)).check()
+    for gradients_ahead in (False, True):
+        Plan(schedule, num_stages, a, extra, never, gradients_ahead).check()
+        Plan(schedule, num_stages, a, extra, lambda update: update in (1, 2, 5), gradients_ahead).check()
 
 
 def test_a_plan_that_breaks_a_rule_is_refused_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from paci_megatron.schedule import Action, Kind, PlanError, validate
 from paci_megatron.schedule.actions import TRANSFER_KINDS
-from tests.support.plans import gradients_ahead, plans_of
+from tests.support.plans import plans_of
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
 SENDS = {Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD), Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD)}
@@ -90,8 +90,9 @@ def test_no_stage_waits_for_ever_whatever_needs_the_whole_device(
 
 @pytest.mark.parametrize(("num_stages", "a", "extra"), SIZES)
 def test_with_both_directions_posted_ahead_neighbours_wait_for_each_other(num_stages: int, a: int, extra: int) -> None:
-    plans = [gradients_ahead(plan) for plan in plans_of(num_stages, a, UPDATES, extra)]
+    plans = plans_of(num_stages, a, UPDATES, extra, gradients_ahead=True)
     assert stuck(plans, every, sends_stay=False) != []
     assert stuck(plans, backwards, sends_stay=False) != []
     with pytest.raises(PlanError, match="deadlock: stage 0 at B0"):
         validate(plans, a, extra, drains=(UPDATES,))
+    validate(plans, a, extra, drains=(UPDATES,), resident_transfers=False)
