@@ -1,4 +1,4 @@
-"""Writes the tables of Megatron's flags in docs/user-guide.md, from paci_megatron/flags.py:
+"""Writes the tables of Megatron's flags in docs/flags.md, from paci_megatron/flags.py:
 
 python -m lab.checks.flag_tables
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paci_megatron.flags import REFUSED, SWITCHED_OFF
 
-GUIDE = Path(__file__).parents[2] / "docs/user-guide.md"
+GUIDE = Path(__file__).parents[2] / "docs/flags.md"
 BEGIN, END = "<!-- {}: from paci_megatron/flags.py by python -m lab.checks.flag_tables -->\n", "<!-- end of {} -->\n"
 
 

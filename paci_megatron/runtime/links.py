@@ -289,7 +289,7 @@ class P2PLink:
     """Transfers to and from the neighbours, each direction between two stages on a process group of its own.
 
     Receives are posted ahead and sends not waited for. So no transfer queues behind one of another pair or direction: see
-    docs/design.md, Transfers.
+    docs/how-it-works.md, Transfers.
     """
 
     def __init__(

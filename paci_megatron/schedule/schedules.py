@@ -80,8 +80,8 @@ def with_transfers(
     stand as many micro-batches ahead as the previous stage may be (:func:`lead_of_previous`), so that none waits for its
     receiver, except across a drain, where nothing may be pending. A gradient's stands right before its backward: on a GPU a
     posted receive is a kernel that stays until its data comes, and what needs the whole device waits for it. Were both
-    posted ahead, two neighbours could each wait for what the other sends later (docs/design.md, Transfers). Where a pending
-    receive holds only memory, ``gradients_ahead`` hides the gradients' transfers too.
+    posted ahead, two neighbours could each wait for what the other sends later (docs/how-it-works.md, Transfers). Where a
+    pending receive holds only memory, ``gradients_ahead`` hides the gradients' transfers too.
     """
     a = microbatches_per_update
     first, last = stage_index == 0, stage_index == num_stages - 1
