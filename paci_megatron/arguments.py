@@ -35,12 +35,12 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument(
         "--paci-extra-in-flight",
-        type=int,
-        default=0,
+        default="0",
         metavar="K",
         help="Let the first stage have K more micro-batches in flight, and later stages evenly fewer, so that transfers and "
-        "uneven times make their neighbours wait less; N-1 hides most of both. Costs their activations, and drift: at most "
-        "ceil((N-1+K)/a) updates. Default: 0, the memory of 1F1B-flush.",
+        "uneven times make their neighbours wait less; N-1 hides most of both. Or a number for each link between stages, "
+        "where links differ, like 0,4,0. Costs their activations, and drift: at most ceil((N-1+K)/a) updates. "
+        "Default: 0, the memory of 1F1B-flush.",
     )
     group.add_argument(
         "--paci-weight-policy",

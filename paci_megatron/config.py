@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .schedule.schedules import parse_slack
 from .usage import UsageError
 
 SCHEDULES = ("1f1b", "paci")
@@ -29,7 +30,7 @@ class PaciConfig:
     emulates: bool = False  # all stages in one process
     clip_mode: str = "none"
     drain_interval: int | None = None
-    extra_in_flight: int = 0
+    slack: tuple[int, ...] = ()  # by link, see schedule/schedules.py
     weight_policy: str = "latest"
 
     @classmethod
@@ -64,14 +65,13 @@ class PaciConfig:
             emulates=args.paci_emulate_stages is not None,
             clip_mode=args.paci_clip_mode if args.clip_grad else "none",
             drain_interval=args.paci_drain_interval,
-            extra_in_flight=args.paci_extra_in_flight,
+            slack=slack_of(args),
             weight_policy=args.paci_weight_policy,
         )
 
 
 NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
-    ("--paci-extra-in-flight", "paci_extra_in_flight", lambda n: n >= 0, "0 or a number of micro-batches"),
     ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
     ("--paci-transfer-ctas", "paci_transfer_ctas", lambda n: n is None or 1 <= n <= 64, "1 to 64 thread blocks"),
     ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
@@ -114,7 +114,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "
             "pipeline has one weight version. Add --pipeline-schedule paci, or remove the flag."
         )
-    if args.paci_extra_in_flight and args.pipeline_schedule != "paci":
+    if any(slack_of(args)) and args.pipeline_schedule != "paci":
         raise ConfigError(
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
             "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
@@ -126,6 +126,14 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.paci_trace_dir is not None:
         _check_trace(args)
+
+
+def slack_of(args: argparse.Namespace) -> tuple[int, ...]:
+    """By link, what ``--paci-extra-in-flight`` says; ``ConfigError`` if it says nothing that makes sense."""
+    try:
+        return parse_slack(str(args.paci_extra_in_flight), args.paci_emulate_stages or args.pipeline_model_parallel_size)
+    except ValueError as error:
+        raise ConfigError(f"--paci-extra-in-flight {error}.") from None
 
 
 def _check_trace(args: argparse.Namespace) -> None:
@@ -224,7 +232,7 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             "--step-batch-size-schedule."
         )
     a = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    needed = num_stages - 1 + args.paci_extra_in_flight
+    needed = num_stages - 1 + sum(slack_of(args))
     if a < needed:
         raise ConfigError(
             f"--paci-weight-policy double-buffer with {num_stages} stages and {a} micro-batches per update: two weight "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from paci_megatron.schedule.schedules import speedup_limit
+from paci_megatron.schedule.schedules import parse_slack, speedup_limit
 from paci_megatron.simulate.engine import Costs, Simulation, StageCosts
 from paci_megatron.simulate.peers import Schedule, find_schedule
 from paci_megatron.usage import UsageError, require
@@ -31,11 +31,6 @@ class Arm:
         """Whether it never flushes."""
         return self.name.startswith("paci")
 
-    @property
-    def extra_in_flight(self) -> int:
-        """Micro-batches in flight beyond PACI's own."""
-        return int(self.name.partition(":")[2] or 0) if self.is_paci else 0
-
     def limit(self, num_stages: int, microbatches_per_update: int) -> float:
         """The most it can gain over 1F1B-flush where all stages take the same time."""
         n, a = num_stages, microbatches_per_update
@@ -46,7 +41,7 @@ class Arm:
         if self.plan.chunks > 1:
             return ["--num-virtual-stages-per-pipeline-rank", str(self.plan.chunks)]
         flags = ["--pipeline-schedule", "paci"] if self.is_paci else []
-        return flags + (["--paci-extra-in-flight", str(self.extra_in_flight)] if self.extra_in_flight else [])
+        return flags + (["--paci-extra-in-flight", self.plan.extra_in_flight] if self.plan.extra_in_flight != "0" else [])
 
 
 def find_arm(name: str) -> Arm:
@@ -81,7 +76,8 @@ class Case:
     @property
     def drain_iterations(self) -> int:
         """Iterations at the end in which stages may already be running out of work."""
-        return -(-(self.num_stages + self.arm.extra_in_flight) // self.microbatches_per_update) + 1
+        extra = sum(parse_slack(self.arm.plan.extra_in_flight, self.num_stages))
+        return -(-(self.num_stages + extra) // self.microbatches_per_update) + 1
 
     @property
     def least_warmup(self) -> int:

@@ -50,7 +50,7 @@ def peak_memory(bench: Bench, num_stages: int) -> Measured:
         bench.processes(f"p2p-{s}", s, num_stages, bench.sizes.compared).last("memory")["process_peak_bytes"]
         for s in ("1f1b", "paci")
     )
-    measured = _memory(flush, paci, transfers_bytes(bench.sizes, num_stages))
+    measured = _memory(flush, paci, transfers_bytes(bench.sizes))
     # The backend's own memory, which PyTorch does not count: each communicator that receives has buffers for its channels.
     beside = bench.processes("p2p-paci", "paci", num_stages, bench.sizes.compared).last("memory")["process_device_bytes"]
     return replace(measured, text=f"{measured.text}; beside PyTorch's: {' '.join(f'{size / 2**20:.0f}' for size in beside)}")

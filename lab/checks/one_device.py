@@ -115,7 +115,7 @@ def peak_memory(bench: Bench) -> Measured:
         bench.processes(f"host-{s}", s, sizes.linked_stages, sizes.compared, *HOST_LINK).last("memory")["process_peak_bytes"]
         for s in ("1f1b", "paci")
     )
-    return _memory(flush, paci, transfers_bytes(sizes, sizes.linked_stages))
+    return _memory(flush, paci, transfers_bytes(sizes))
 
 
 def loop_overhead(bench: Bench) -> Measured:
@@ -155,11 +155,11 @@ def _compared(left: Sequence[float], right: Sequence[float], tolerance: float) -
     return math.isfinite(worst) and worst <= tolerance, f"{len(left)} losses, the largest difference {worst:.2e}"
 
 
-def transfers_bytes(sizes: Sizes, num_stages: int) -> int:
+def transfers_bytes(sizes: Sizes) -> int:
     """What PACI's transfers hold on a stage at most, and Megatron's, which wait for each, do not: in each direction the
     sends not known to be done, as many receives of activations, and that of a gradient, each as large as an activation.
     """
-    tensors = 3 * sends_in_flight(num_stages) + 1
+    tensors = 3 * sends_in_flight(link=0) + 1
     element_bytes = 2 if sizes.bf16 else 4
     return tensors * sizes.seq_length * sizes.micro_batch_size * sizes.hidden_size * element_bytes
 

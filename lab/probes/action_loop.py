@@ -68,7 +68,7 @@ class _Alone:
     def __init__(self, gradient: torch.Tensor) -> None:
         self._link = _AloneLink(gradient)
 
-    def link(self, stage_index: int, record_lag: int) -> _AloneLink:
+    def link(self, stage_index: int, plan: Plan) -> _AloneLink:
         return self._link
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> None:

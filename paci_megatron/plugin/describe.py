@@ -9,14 +9,14 @@ from paci_megatron.schedule.plan import Plan
 def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int) -> list[str]:
     """Schedule, drift, memory and clipping; a line each."""
     num_stages, a = config.num_stages, microbatches_per_update
-    plan = Plan(config.schedule, num_stages, a, config.extra_in_flight)
+    plan = Plan(config.schedule, num_stages, a, config.slack)
     where = " emulated in one process" if config.emulates else ""
     clipping = f"clipping: {_clipping(config, clip_grad, plan.record_lag)}"
     if config.schedule != "paci":
         return [f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update", clipping]
     drift = [plan.max_drift(stage) for stage in range(num_stages)]
     held = [plan.max_in_flight(stage) for stage in range(num_stages)]
-    more = f", {held[0]} instead of {num_stages} at the first stage" if config.extra_in_flight else ""
+    more = f", {held[0]} instead of {num_stages} at the first stage" if any(config.slack) else ""
     return [
         f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
         f"{drift[0]} updates (by stage: {_row(drift)})",

@@ -28,7 +28,8 @@ from paci_megatron.runtime.links import (
     P2PLink,
     TensorPair,
 )
-from paci_megatron.schedule.schedules import lead_of_previous, max_in_flight, sends_in_flight
+from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.schedules import lead_of_previous, sends_in_flight
 
 from .drains import can_exit
 from .stage import Stage
@@ -205,7 +206,7 @@ class ProcessTransport:
         self._directions = self._create(record_lag)
         carrier = torch.device("cpu") if args.paci_link == "host" else self._device
         use_once(list(self._directions.values()), self._ranks.index, carrier)
-        self._neighbours = self._make_neighbours(self._ranks.index(self._here))
+        self._neighbours: tuple[tuple[int, ...], tuple[Neighbour | None, Neighbour | None]] | None = None  # and their slack
         self._pair: tuple[int, TensorPair] | None = None  # and the record lag that it is made for
         self.agree = agreement(args)
 
@@ -228,24 +229,25 @@ class ProcessTransport:
         self._records, *groups = create_groups([records, *wanted], minutes, nccl_options(self._args))
         return {key: Direction(key[0], group, *key[1:]) for key, group in zip(directions, groups, strict=True)}
 
-    def link(self, stage_index: int, record_lag: int) -> P2PLink:
+    def link(self, stage_index: int, plan: Plan) -> P2PLink:
         """See :class:`~paci_megatron.runtime.links.Transport`."""
-        return P2PLink(*self._neighbours, self._records, record_lag)
+        if self._neighbours is None or self._neighbours[0] != plan.slack:
+            self._neighbours = plan.slack, self._make_neighbours(stage_index, plan)
+        return P2PLink(*self._neighbours[1], self._records, plan.record_lag)
 
-    def _make_neighbours(self, stage_index: int) -> tuple[Neighbour | None, Neighbour | None]:
-        """The stages before and after, with buffers that serve all plans."""
-        num_stages, extra = len(self._ranks), self._args.paci_extra_in_flight
-        hold = sends_in_flight(num_stages, extra)
+    def _make_neighbours(self, stage: int, plan: Plan) -> tuple[Neighbour | None, Neighbour | None]:
+        """The stages before and after, with buffers that serve all plans of the same slack."""
+        slack = plan.slack
         # An activation is in use from when its receive is posted to the end of its backward.
-        held = max_in_flight(stage_index, num_stages, extra) + lead_of_previous(stage_index, num_stages, extra)
-        # A gradient, to the end of its backward; and those that are posted ahead.
-        gradients = 1 if self.receives_hold_device else 1 + lead_of_previous(stage_index + 1, num_stages, extra)
+        held = plan.max_in_flight(stage) + lead_of_previous(stage, slack)
         previous = following = None
         if self._before is not None:
-            outgoing = self._outgoing("PACI_GRADIENTS", self._before, hold)
+            outgoing = self._outgoing("PACI_GRADIENTS", self._before, sends_in_flight(stage - 1, slack))
             previous = Neighbour(self._before, outgoing, self._incoming("PACI_ACTIVATIONS", self._before, ring=held))
         if self._after is not None:
-            outgoing = self._outgoing("PACI_ACTIVATIONS", self._after, hold)
+            # A gradient, to the end of its backward; and those that are posted ahead.
+            gradients = 1 + (lead_of_previous(stage + 1, slack) if plan.gradients_ahead else 0)
+            outgoing = self._outgoing("PACI_ACTIVATIONS", self._after, sends_in_flight(stage, slack))
             following = Neighbour(self._after, outgoing, self._incoming("PACI_GRADIENTS", self._after, gradients))
         return previous, following
 

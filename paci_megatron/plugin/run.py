@@ -192,7 +192,7 @@ class Run:
             config.schedule,
             config.num_stages,
             microbatches_per_update,
-            config.extra_in_flight,
+            config.slack,
             lambda update: drains.is_drain(begin + update),
             gradients_ahead=not self._transport.receives_hold_device,
         )

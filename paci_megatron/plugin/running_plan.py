@@ -57,7 +57,7 @@ class RunningPlan:
             context_parallel_size=stage.groups.cp.size(),
             loss_scale=stage.loss_scale,
         )
-        link = transport.link(stage.stage_index, lag)
+        link = transport.link(stage.stage_index, plan)
         clipping = Clipping(config.clip_mode, args.clip_grad)
         self._control = Control(link, clipping, lag, stage.last_total, stage.loss_scale, transport.agree, on_total)
         tied: TiedEmbedding | None = None
@@ -81,7 +81,7 @@ class RunningPlan:
             after_step=(lambda: None) if config.weight_policy == "latest" else self.compute.param_gather.complete,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
-        stage.meter.begin_plan(a, plan.extra_in_flight)
+        stage.meter.begin_plan(plan)
         if stage.trace is not None:
             stage.trace.begin_plan(a, begin)
         actions = plan.actions(stage.stage_index)

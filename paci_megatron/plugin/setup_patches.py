@@ -162,7 +162,7 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
                 return model, optimizer, scheduler
             process_groups = ProcessGroupCollection.use_mpu_process_groups()
             stage = Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)
-            lag = record_lag(pipeline.size(), get_num_microbatches(), args.paci_extra_in_flight)
+            lag = record_lag(pipeline.size(), get_num_microbatches(), PaciConfig.from_args(args).slack)
             stages, transport = [stage], ProcessTransport(args, stage, lag)
         run.start(stages, transport, optimizer)
         for line in describe(PaciConfig.from_args(args), args.clip_grad, get_num_microbatches()):

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from paci_megatron.schedule import Action, Kind
+from paci_megatron.schedule.plan import Plan
 
 from .control import Record
 from .executor import Executor
@@ -144,7 +145,7 @@ class InProcessTransport:
         self._exchanges = dict(zip(ends, InProcessExchange.pair(), strict=False))
         self.agree = agree
 
-    def link(self, stage_index: int, record_lag: int) -> InProcessLink:
+    def link(self, stage_index: int, plan: Plan) -> InProcessLink:
         """See :class:`~.links.Transport`."""
         return self._links[stage_index]
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from paci_megatron.schedule import Action
+from paci_megatron.schedule.plan import Plan
 
 from .control import Record, RecordLink
 from .device import HostCopy, host_buffer
@@ -48,13 +49,13 @@ class StageLink(RecordLink, Protocol):
 class Transport(Protocol):
     """How the stages of this process reach their neighbours, in this process or in others.
 
-    What :meth:`link` and :meth:`tied_exchange` return serves one plan, whose record lag is ``record_lag``.
+    What :meth:`link` and :meth:`tied_exchange` return serves one plan; ``record_lag`` is its own.
     """
 
     receives_hold_device: bool
     """Whether a pending receive is a kernel on the device, as over NCCL: gradients' receives are then not posted ahead."""
 
-    def link(self, stage_index: int, record_lag: int) -> StageLink:
+    def link(self, stage_index: int, plan: Plan) -> StageLink:
         """The transfers and records of a stage of this process."""
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorExchange | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from paci_megatron.runtime.device import Stopwatch
-from paci_megatron.schedule.schedules import max_drift, max_in_flight
+from paci_megatron.schedule.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class StageMeter:
         self._interval_bubble = math.nan
         self.restart()
 
-    def begin_plan(self, microbatches_per_update: int, extra_in_flight: int) -> None:
+    def begin_plan(self, plan: Plan) -> None:
         """Set the bounds of the plan that starts now."""
-        self._drift_bound = max_drift(self.stage_index, self.num_stages, microbatches_per_update, extra_in_flight)
-        self._in_flight_bound = max_in_flight(self.stage_index, self.num_stages, extra_in_flight)
+        self._drift_bound = plan.max_drift(self.stage_index)
+        self._in_flight_bound = plan.max_in_flight(self.stage_index)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

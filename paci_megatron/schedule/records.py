@@ -8,15 +8,17 @@ wait for is under way already: no stage stops for them, and nothing depends on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .actions import Action, Kind
-from .schedules import IsDrain, never
+from .schedules import IsDrain, max_in_flight, never
 
 
-def record_lag(num_stages: int, microbatches_per_update: int, extra_in_flight: int = 0) -> int:
-    """After how many updates every stage knows an update's total: ceil((N+extra)/a). At a drained update it is 0."""
-    return -(-(num_stages + extra_in_flight) // microbatches_per_update)
+def record_lag(num_stages: int, microbatches_per_update: int, slack: Sequence[int] = ()) -> int:
+    """After how many updates every stage knows an update's total: ceil(C/a), where the first stage has C micro-batches in
+    flight. At a drained update it is 0.
+    """
+    return -(-max_in_flight(0, num_stages, slack) // microbatches_per_update)
 
 
 def with_records(
@@ -24,14 +26,14 @@ def with_records(
     num_stages: int,
     microbatches_per_update: int,
     is_drain: IsDrain = never,
-    extra_in_flight: int = 0,
+    slack: Sequence[int] = (),
 ) -> Iterator[Action]:
     """``actions`` of any stage, transfers included, with REPORT(k) before each UPDATE(k), and the TOTALs.
 
-    TOTAL(k) follows the forward, and the sending, of micro-batch ka-1+N+extra. At a drain there is none, and the totals not
-    yet delivered stand before the update, which can then use its own.
+    TOTAL(k) follows the forward, and the sending, of micro-batch ka-1+C, where the first stage has C in flight. At a drain
+    there is none, and the totals not yet delivered stand before the update, which can then use its own.
     """
-    a = microbatches_per_update
+    a, in_flight = microbatches_per_update, max_in_flight(0, num_stages, slack)
     next_total = 1
     due = False
     for action in actions:
@@ -47,4 +49,4 @@ def with_records(
                     next_total += 1
         yield action
         if action.kind is Kind.FORWARD:
-            due = action.index == next_total * a - 1 + num_stages + extra_in_flight
+            due = action.index == next_total * a - 1 + in_flight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .actions import Action, Kind, shared_action
 
@@ -20,7 +20,7 @@ def paci(
     num_stages: int,
     microbatches_per_update: int,
     is_drain: IsDrain = never,
-    extra_in_flight: int = 0,
+    slack: Sequence[int] = (),
 ) -> Iterator[Action]:
     """PACI's actions at one stage, without end (paper, section 3).
 
@@ -29,7 +29,7 @@ def paci(
     ``microbatches_per_update`` of them. ``is_drain`` is asked only when the plan reaches the micro-batch in question.
     """
     a = microbatches_per_update
-    in_flight_cap = max_in_flight(stage_index, num_stages, extra_in_flight)
+    in_flight_cap = max_in_flight(stage_index, num_stages, slack)
     forwards = backwards = 0
     while True:
         # Only the first micro-batch of a window can lie beyond a drain that those in flight have not passed.
@@ -71,7 +71,7 @@ def with_transfers(
     num_stages: int,
     microbatches_per_update: int,
     is_drain: IsDrain = never,
-    extra_in_flight: int = 0,
+    slack: Sequence[int] = (),
     gradients_ahead: bool = False,
 ) -> Iterator[Action]:
     """``actions`` with the transfers between neighbours.
@@ -85,8 +85,8 @@ def with_transfers(
     """
     a = microbatches_per_update
     first, last = stage_index == 0, stage_index == num_stages - 1
-    forward_lead = lead_of_previous(stage_index, num_stages, extra_in_flight)
-    backward_lead = lead_of_previous(stage_index + 1, num_stages, extra_in_flight) if gradients_ahead and not last else 0
+    forward_lead = lead_of_previous(stage_index, slack)
+    backward_lead = lead_of_previous(stage_index + 1, slack) if gradients_ahead and not last else 0
     posted = {Kind.RECV_FORWARD: 0, Kind.RECV_BACKWARD: 0}
 
     def receives(kind: Kind, microbatch: int, lead: int) -> Iterator[Action]:
@@ -109,45 +109,70 @@ def with_transfers(
             yield Action(Kind.SEND_BACKWARD, action.index)
 
 
-def max_in_flight(stage_index: int, num_stages: int, extra_in_flight: int = 0) -> int:
-    """The most micro-batches forwarded and not yet backwarded at a stage: N-s (paper, section 3), and what it has of the
-    ``extra_in_flight`` more of the first stage.
-
-    The extra falls evenly from stage to stage, to 0 on the last. In a fixed order a stage waits for its neighbour by the
-    difference of what the two have in flight; the same extra on every stage would change no difference and gain nothing.
+def even_slack(num_stages: int, extra_in_flight: int) -> tuple[int, ...]:
+    """By link, how ``extra_in_flight`` more micro-batches of the first stage fall evenly from stage to stage, to 0 on the
+    last.
     """
-    following = num_stages - 1 - stage_index
-    # Rounded half up.
-    share = (2 * extra_in_flight * following + num_stages - 1) // max(2 * (num_stages - 1), 1)
-    return following + 1 + share
+    links = num_stages - 1
+
+    def share(stage: int) -> int:  # rounded half up
+        return (2 * extra_in_flight * (links - stage) + links) // (2 * links)
+
+    return tuple(share(link) - share(link + 1) for link in range(links))
 
 
-def max_drift(stage_index: int, num_stages: int, microbatches_per_update: int, extra_in_flight: int = 0) -> int:
+def parse_slack(text: str, num_stages: int) -> tuple[int, ...]:
+    """By link, from ``K`` more micro-batches for the first stage (:func:`even_slack`), or from a number for each link, like
+    ``0,4,0``; ``ValueError`` if it is neither.
+    """
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise ValueError(f"{text}: must be 0 or a number of micro-batches, or one for each link between stages, like 0,4,0")
+    slack = tuple(map(int, numbers))
+    if len(slack) == 1:
+        return even_slack(num_stages, *slack)
+    if len(slack) != num_stages - 1:
+        raise ValueError(f"{text}: {num_stages} stages have {num_stages - 1} links; give as many numbers, or one for all")
+    return slack
+
+
+def max_in_flight(stage_index: int, num_stages: int, slack: Sequence[int] = ()) -> int:
+    """The most micro-batches forwarded and not yet backwarded at a stage: N-s (paper, section 3), and the slack of the links
+    that follow.
+
+    ``slack`` has a number for each link, from the first stage's on: by how much more than 1 what its two stages have in
+    flight differs; () is 0 everywhere. In a fixed order a stage waits for its neighbour by that difference: the same
+    extra on every stage would change no difference and gain nothing.
+    """
+    return num_stages - stage_index + sum(slack[stage_index:])
+
+
+def max_drift(stage_index: int, num_stages: int, microbatches_per_update: int, slack: Sequence[int] = ()) -> int:
     """The bound on backward_version - forward_version at a stage, in updates: ceil((in flight - 1) / a)."""
-    return -(-(max_in_flight(stage_index, num_stages, extra_in_flight) - 1) // microbatches_per_update)
+    return -(-(max_in_flight(stage_index, num_stages, slack) - 1) // microbatches_per_update)
 
 
-def lead_of_previous(stage_index: int, num_stages: int, extra_in_flight: int = 0) -> int:
+def lead_of_previous(stage_index: int, slack: Sequence[int] = ()) -> int:
     """How many micro-batches the previous stage may be ahead of this one's receive: the difference of what the two have in
-    flight, 1 without extra; 0 on the first stage, which has none before it.
+    flight, 1 without slack; 0 on the first stage, which has none before it.
 
     One more than that would be posted before the previous stage can send it.
     """
     if stage_index == 0:
         return 0
-    here, before = (max_in_flight(stage, num_stages, extra_in_flight) for stage in (stage_index, stage_index - 1))
-    return before - here
+    return 1 + (slack[stage_index - 1] if slack else 0)
 
 
-def sends_in_flight(num_stages: int, extra_in_flight: int = 0) -> int:
-    """How many sends a stage keeps in each direction before it waits for the oldest, which has then been delivered.
+def sends_in_flight(link: int, slack: Sequence[int] = ()) -> int:
+    """How many sends stages ``link`` and ``link + 1`` each keep to the other before they wait for the oldest, which has then
+    been delivered.
 
     Before stage s sends activation m it has finished the backward of m-c, where c is what it may have in flight. That
     gradient left stage s+1 after the forward of m-c+c'-1, where c' is what s+1 may: so m-1-(c-c') has been received.
     Likewise for gradients: when stage s sends gradient m, s-1 has done the backward of m-1-(c'-c), where c' is now what s-1
     may. So the wait is there to free memory and never stops a stage.
     """
-    return 1 + max(lead_of_previous(stage, num_stages, extra_in_flight) for stage in range(num_stages))
+    return 1 + lead_of_previous(link + 1, slack)
 
 
 def speedup_limit(num_stages: int, microbatches_per_update: int) -> float:

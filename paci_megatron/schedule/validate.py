@@ -16,7 +16,7 @@ class PlanError(ValueError):
 def validate(
     plans: Sequence[Sequence[Action]],
     microbatches_per_update: int,
-    extra_in_flight: int = 0,
+    slack: Sequence[int] = (),
     drains: Sequence[int] = (),
     resident_transfers: bool = True,
 ) -> None:
@@ -32,8 +32,8 @@ def validate(
     ``resident_transfers`` a forward or backward waits for its own transfer only.
     """
     for stage_index, plan in enumerate(plans):
-        _check_stage(plans, stage_index, plan, microbatches_per_update, extra_in_flight, frozenset(drains))
-    _check_transfers(plans, sends_in_flight(len(plans), extra_in_flight), resident_transfers)
+        _check_stage(plans, stage_index, plan, microbatches_per_update, slack, frozenset(drains))
+    _check_transfers(plans, slack, resident_transfers)
 
 
 def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
@@ -42,14 +42,19 @@ def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
 
 
 def _check_stage(
-    plans: Sequence[Sequence[Action]], stage: int, plan: Sequence[Action], a: int, extra: int, drains: frozenset[int]
+    plans: Sequence[Sequence[Action]],
+    stage: int,
+    plan: Sequence[Action],
+    a: int,
+    slack: Sequence[int],
+    drains: frozenset[int],
 ) -> None:
     num_stages = len(plans)
-    cap, bound = max_in_flight(stage, num_stages, extra), max_drift(stage, num_stages, a, extra)
+    cap, bound = max_in_flight(stage, num_stages, slack), max_drift(stage, num_stages, a, slack)
     done = dict.fromkeys(Kind, 0)
     forward_version: dict[int, int] = {}
     has_records = any(action.kind is Kind.REPORT for action in plan)
-    lag = record_lag(num_stages, a, extra)
+    lag = record_lag(num_stages, a, slack)
 
     def check(condition: bool, action: Action, rule: str) -> None:
         if not condition:
@@ -89,9 +94,10 @@ def _check_stage(
         done[kind] += 1
 
 
-def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int, resident: bool) -> None:
+def _check_transfers(plans: Sequence[Sequence[Action]], slack: Sequence[int], resident: bool) -> None:
     """Run all plans together, each action waiting for all that it might have to, and see that everyone reaches the end."""
     num_stages = len(plans)
+    held_sends = [sends_in_flight(link, slack) for link in range(num_stages - 1)]
     position = [0] * num_stages
     posted: list[dict[Kind, int]] = [dict.fromkeys(Kind, 0) for _ in plans]
 
@@ -123,9 +129,9 @@ def _check_transfers(plans: Sequence[Sequence[Action]], held_sends: int, residen
             case Kind.TOTAL:
                 return posted[stage - 1][Kind.TOTAL] >= m if stage > 0 else posted[0][Kind.REPORT] >= m
             case Kind.SEND_FORWARD:
-                return posted[stage + 1][Kind.RECV_FORWARD] > m - held_sends
+                return posted[stage + 1][Kind.RECV_FORWARD] > m - held_sends[stage]
             case Kind.SEND_BACKWARD:
-                return posted[stage - 1][Kind.RECV_BACKWARD] > m - held_sends
+                return posted[stage - 1][Kind.RECV_BACKWARD] > m - held_sends[stage - 1]
             case _:
                 return True
 

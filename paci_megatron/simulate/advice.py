@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
-from paci_megatron.schedule.schedules import flush_bubble_fraction, max_drift, speedup_limit
+from paci_megatron.schedule.schedules import even_slack, flush_bubble_fraction, max_drift, speedup_limit
 
 from .engine import Costs, Simulation, StageCosts
 from .peers import Schedule, find_schedule
@@ -98,8 +98,8 @@ class Scenario:
 
 def smallest_a(num_stages: int, drift: int = 1, extra_in_flight: int = 0) -> int:
     """The fewest micro-batches per update for which no stage drifts by more than ``drift`` updates."""
-    a = 1
-    while max_drift(0, num_stages, a, extra_in_flight) > drift:
+    a, slack = 1, even_slack(num_stages, extra_in_flight)
+    while max_drift(0, num_stages, a, slack) > drift:
         a += 1
     return a
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from paci_megatron.schedule.actions import Action, Kind, shared_action
-from paci_megatron.schedule.schedules import one_f_one_b_flush, paci
+from paci_megatron.schedule.schedules import one_f_one_b_flush, paci, parse_slack
 
 from .engine import Costs, Simulation, simulate
 
@@ -73,7 +73,8 @@ def zero_bubble(stage_index: int, num_stages: int, microbatches_per_update: int,
 class Schedule:
     """A schedule by name. ``actions(stage_index, num_stages, a, updates)`` is a stage's plan, which drains after ``updates``
     windows of ``a`` micro-batches. ``kept_weights`` says which older versions it keeps for backwards: none, one for each
-    version in flight at the stage, or on every stage as many as the first needs.
+    version in flight at the stage, or on every stage as many as the first needs. ``extra_in_flight`` is what PACI's
+    ``--paci-extra-in-flight`` says.
     """
 
     name: str
@@ -82,9 +83,14 @@ class Schedule:
     chunks: int = 1
     kept_weights: Literal["none", "in flight", "uniform"] = "none"
     updates_per_window: Callable[[int], int] = lambda a: 1
+    extra_in_flight: str = "0"
 
     def problem(self, num_stages: int, microbatches_per_update: int) -> str | None:
         """Why the schedule does not exist for this size, if it does not."""
+        try:
+            parse_slack(self.extra_in_flight, num_stages)
+        except ValueError as error:
+            return f"paci:{error}"
         if self.chunks == 1 or (num_stages > 1 and microbatches_per_update % num_stages == 0):
             return None
         return (
@@ -107,8 +113,8 @@ class Schedule:
         return simulate(plans, costs, chunks=self.chunks, last_update=last_update, record=record)
 
 
-def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: int = 0) -> Iterator[Action]:
-    return paci(stage, num_stages, a, lambda update: update == updates, extra_in_flight)
+def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: str = "0") -> Iterator[Action]:
+    return paci(stage, num_stages, a, lambda update: update == updates, parse_slack(extra_in_flight, num_stages))
 
 
 def _pipedream(stage: int, num_stages: int, a: int, updates: int) -> Iterator[Action]:
@@ -134,12 +140,12 @@ def find_schedule(name: str) -> Schedule:
     base, _, number = name.partition(":")
     if not number and base in _PLAIN:
         return _PLAIN[base]
-    if number.isdecimal() and base == "paci":
-        return Schedule(name, f"PACI, k={int(number)}", partial(_paci, extra_in_flight=int(number)))
+    if base == "paci" and all(each.isdecimal() for each in number.split(",")):
+        actions = partial(_paci, extra_in_flight=number)
+        return Schedule(name, f"PACI, k={number}", actions, extra_in_flight=number)
     if number.isdecimal() and base == "interleaved" and int(number) >= 2:
         chunks = int(number)
-        actions = partial(_interleaved, chunks=chunks)
-        return Schedule(name, f"interleaved, v={chunks}", actions, chunks)
+        return Schedule(name, f"interleaved, v={chunks}", partial(_interleaved, chunks=chunks), chunks)
     raise ValueError(f"{name!r} is no schedule: choose from {NAMES} (at least 2 chunks)")
 
 

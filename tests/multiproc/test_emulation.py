@@ -47,11 +47,11 @@ def test_emulated_stages_are_the_reference(corpus: str, one_process: OneProcess,
     assert_same_weights(run.stage_weights, reference.stage_weights)
 
 
-@pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 2, 1), (4, 3, 1), (4, 2, 7)])
+@pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 2, "1"), (4, 2, "7"), (4, 3, "0,2,1")])
 def test_more_in_flight_is_the_reference_on_processes_and_emulated(
-    pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int, a: int, extra: int
+    pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int, a: int, extra: str
 ) -> None:
-    more = ["--paci-extra-in-flight", str(extra), "--clip-grad", "0.5", *PACI]
+    more = ["--paci-extra-in-flight", extra, "--clip-grad", "0.5", *PACI]
     run = one_process(without_dropout([*emulation(corpus, num_stages, a), *more], num_layers=4))
     argv = without_dropout([*arguments(corpus, num_stages, a), *more], num_layers=4)
     assert_same_run(pool(num_stages).run("train", argv=argv), run)

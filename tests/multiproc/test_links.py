@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paci_megatron.schedule.schedules import lead_of_previous, max_in_flight
+from paci_megatron.schedule.schedules import even_slack, lead_of_previous, max_in_flight
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_run, emulated
 from tests.support.link_jobs import EXTRA, UPDATES, A, LinkResult
 
@@ -32,9 +32,10 @@ def test_each_direction_of_each_pair_has_a_group_of_its_own(pool: GetPool, num_s
 def test_received_tensors_lie_in_rings_of_buffers_that_stay(pool: GetPool, num_stages: int) -> None:
     results: list[LinkResult] = pool(num_stages).run("exchange_by_plan", link="p2p")
     for stage, result in enumerate(results):
-        held = max_in_flight(stage, num_stages, EXTRA) + lead_of_previous(stage, num_stages, EXTRA)
+        slack = even_slack(num_stages, EXTRA)
+        held = max_in_flight(stage, num_stages, slack) + lead_of_previous(stage, slack)
         last = stage == num_stages - 1
-        ring = 0 if last else 1 + lead_of_previous(stage + 1, num_stages, EXTRA)  # over gloo they are posted ahead
+        ring = 0 if last else 1 + lead_of_previous(stage + 1, slack)  # over gloo they are posted ahead
         for plan in (slice(0, UPDATES * A), slice(UPDATES * A, None)):
             activations, gradients = (result.addresses.get(kind, [])[plan] for kind in ("F", "B"))
             assert activations == (activations[:held] * UPDATES * A)[: UPDATES * A] if stage > 0 else not activations

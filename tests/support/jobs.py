@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,8 +120,12 @@ def train_by_reference(
             _reference_stage(unwrap_model(chunk).train(), optimizer, iterator, a, args.lr, reports)
             for chunk, optimizer, iterator in zip(model, others[0]._optimizers, data, strict=True)
         ]
-        extra = args.paci_extra_in_flight
-        reference.train(stages, a, args.train_iters, args.paci_weight_policy, args.clip_grad, extra)
+        numbers, links = [int(number) for number in args.paci_extra_in_flight.split(",")], len(stages) - 1
+        if len(numbers) == links:
+            more = [sum(numbers[s:]) for s in range(len(stages))]
+        else:  # fewer from stage to stage, down to none on the last
+            more = [math.floor(numbers[0] * (links - s) / links + 0.5) for s in range(len(stages))]
+        reference.train(stages, a, args.train_iters, args.paci_weight_policy, args.clip_grad, more)
         windows = torch.stack(reports).view(args.train_iters, a, 2).sum(dim=1)
         result.losses = (windows[:, 0] / windows[:, 1]).tolist()
         return args.train_iters, 0.0

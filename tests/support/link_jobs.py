@@ -16,6 +16,7 @@ import paci_megatron
 from paci_megatron.runtime.links import P2PLink
 from paci_megatron.schedule import Kind
 from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.schedules import even_slack
 
 EXTRA = 2  # more in flight on the first stage
 UPDATES, A = 4, 3
@@ -59,7 +60,6 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
 
     args = argparse.Namespace(
         paci_link=link,
-        paci_extra_in_flight=EXTRA,
         distributed_timeout_minutes=2,
         seq_length=SHAPE[0],
         micro_batch_size=SHAPE[1],
@@ -85,8 +85,10 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     )
     transport = ProcessTransport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
-        stage_link = transport.link(stage_index, 2)
-        _run_plan(result, stage_link, device, gradients_ahead=not transport.receives_hold_device)
+        n, ahead = dist.get_world_size(), not transport.receives_hold_device
+        plan = Plan("paci", n, A, even_slack(n, EXTRA), lambda update: update == UPDATES, ahead)
+        stage_link = transport.link(stage_index, plan)
+        _run_plan(result, stage_link, device, plan)
         stage_link.drain()
     pair = transport.tied_exchange(stage_index, 1)
     if pair is not None:
@@ -97,15 +99,10 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         pair.drain()
 
 
-def _run_plan(result: LinkResult, link: P2PLink, device: torch.device, gradients_ahead: bool) -> None:
+def _run_plan(result: LinkResult, link: P2PLink, device: torch.device, plan: Plan) -> None:
     """The transfers of this stage's plan, up to a drain. Each tensor is the micro-batch's number, gradients negative."""
 
-    def is_drain(update: int) -> bool:
-        return update == UPDATES
-
-    stage, num_stages = dist.get_rank(), dist.get_world_size()
-    plan = Plan("paci", num_stages, A, EXTRA, is_drain, gradients_ahead)
-    for action in plan.actions(stage):
+    for action in plan.actions(dist.get_rank()):
         value = torch.full(SHAPE, float(action.index), dtype=torch.bfloat16, device=device)
         match action.kind:
             case Kind.RECV_FORWARD:

@@ -38,12 +38,12 @@ def train(
     updates: int,
     policy: str = "latest",
     max_norm: float = 0.0,
-    extra: int = 0,
+    more: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Train for that many updates of each stage; returns each stage's drifts by micro-batch, in updates.
 
     ``policy`` is latest (PACI), stash (PipeDream) or double-buffer (PipeDream-2BW). ``max_norm`` clips globally, if not 0.
-    The first stage has ``extra`` more micro-batches in flight, and the others evenly fewer, down to none on the last.
+    Stage s has ``more[s]`` more micro-batches in flight than PACI has of itself.
     The last update comes when all stages have finished.
     """
     num_stages, a = len(stages), microbatches_per_update
@@ -55,10 +55,10 @@ def train(
     version = [0] * num_stages
     history = [[[p.detach().clone() for p in stage.parameters]] for stage in stages]  # every version there was
     drifts: list[list[int]] = [[] for _ in stages]
-    windows = Windows(stages, a, max_norm, extra)
-    more = [math.floor(extra * (num_stages - 1 - s) / (num_stages - 1) + 0.5) for s in range(num_stages)]
+    more = [0] * num_stages if more is None else more
+    windows = Windows(stages, a, max_norm, more[0])
 
-    for tick in range(2 * num_stages + 2 * extra + 2 * total):
+    for tick in range(2 * num_stages + 2 * more[0] + 2 * total):
         for s, stage in enumerate(stages):
             m, waits = divmod(tick - s, 2)
             if not waits and 0 <= m < total:

@@ -112,7 +112,7 @@ class ToyStage:
         """A plan from an empty pipeline to its drain."""
         lag, scale = plan.record_lag, LossScale(SimpleNamespace())
         scale.begin_plan(lag)
-        link, exchange = transport.link(self.index, lag), transport.tied_exchange(self.index, lag)
+        link, exchange = transport.link(self.index, plan), transport.tied_exchange(self.index, lag)
         self._control = Control(link, Clipping("global", 0.5), lag, self._last_total, scale)
         tied = TiedEmbedding(self.model.tied, exchange, self.index == 0, lag) if exchange is not None else None
         update = StageUpdate(
@@ -127,7 +127,7 @@ class ToyStage:
             tied=tied,
         )
         meter = StageMeter(self.index, self.num_stages, torch.device("cpu"))
-        meter.begin_plan(plan.microbatches_per_update, plan.extra_in_flight)
+        meter.begin_plan(plan)
         weights = WeightVersions(tuple(self.model.parameters()), "latest", plan.microbatches_per_update)
         compute: Any = Compute(self.model)
         self.executor = Executor(plan.actions(self.index), compute, link, update, weights, meter)

@@ -38,7 +38,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_emulate_stages": None,
         "paci_link": "p2p",
         "paci_weight_policy": "latest",
-        "paci_extra_in_flight": 0,
+        "paci_extra_in_flight": "0",
         "paci_trace_dir": None,
         "global_batch_size": 16,
         "micro_batch_size": 2,
@@ -57,7 +57,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
 
 
 def test_an_ordinary_command_line_is_accepted() -> None:
-    assert PaciConfig.from_args(namespace()) == PaciConfig(num_stages=4, clip_mode="none")
+    assert PaciConfig.from_args(namespace()) == PaciConfig(num_stages=4, clip_mode="none", slack=(0, 0, 0))
 
 
 def test_all_reasons_come_at_once() -> None:
@@ -96,12 +96,18 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
         ("paci_transfer_timeout", (0.0, -1.0, math.nan, math.inf, -math.inf), "a number of seconds, more than 0"),
         ("paci_fallback", (-1,), r"0 \(off\) or a number of iterations"),
         ("paci_start_iteration", (-5,), r"0 \(off\) or a number of iterations"),
-        ("paci_extra_in_flight", (-1,), "0 or a number of micro-batches"),
+        (
+            "paci_extra_in_flight",
+            ("-1", "some", "1,"),
+            "0 or a number of micro-batches, or one for each link between stages, like 0,4,0",
+        ),
         ("paci_drain_interval", (0, -1), "at least 1 update"),
         ("paci_transfer_ctas", (0, -4, 65), "1 to 64 thread blocks"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(name: str, values: tuple[float, ...], meaning: str, schedule: str) -> None:
+def test_numbers_that_make_no_sense_are_refused(
+    name: str, values: tuple[float | str, ...], meaning: str, schedule: str
+) -> None:
     for value in values:
         with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} {value}: must be {meaning}\.$"):
             check_options(namespace(**{name: value, "pipeline_schedule": schedule}))

@@ -22,7 +22,7 @@ def test_memory_names_the_copies_of_weights_that_there_are(policy: str, weights:
 
 
 def test_schedule_and_clipping() -> None:
-    schedule, memory, clipping = describe(PaciConfig(4, clip_mode="global", extra_in_flight=3), 1.0, 2)
+    schedule, memory, clipping = describe(PaciConfig(4, clip_mode="global", slack=(1, 1, 1)), 1.0, 2)
     assert schedule == "schedule paci: 4 stages, 2 micro-batches per update, drift of at most 3 updates (by stage: 3 2 1 0)"
     assert "7 instead of 4 at the first stage" in memory
     assert clipping.startswith("clipping: to 1, by the global norm of 4 updates ago")

@@ -14,7 +14,7 @@ from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.emulate import InProcessTransport, run_to_update
 from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, P2PLink, TensorPair
 from paci_megatron.schedule.plan import Plan
-from paci_megatron.schedule.schedules import lead_of_previous, max_in_flight, sends_in_flight
+from paci_megatron.schedule.schedules import even_slack, lead_of_previous, sends_in_flight
 from tests.support.fake_network import FakeNetwork
 from tests.support.toy_pipeline import SHAPE, VOCABULARY, WIDTH, ToyStage
 
@@ -29,21 +29,22 @@ class Network:
 
     receives_hold_device = True
 
-    def __init__(self, stage: int, extra: int, incoming: Incoming) -> None:
-        self._stage, self._extra, self._incoming = stage, extra, incoming
+    def __init__(self, stage: int, incoming: Incoming) -> None:
+        self._stage, self._incoming = stage, incoming
 
-    def link(self, stage_index: int, record_lag: int) -> P2PLink:
-        here, hold = self._stage, sends_in_flight(NUM_STAGES, self._extra)
-        held = max_in_flight(here, NUM_STAGES, self._extra) + lead_of_previous(here, NUM_STAGES, self._extra)
+    def link(self, stage_index: int, plan: Plan) -> P2PLink:
+        here = self._stage
+        held = plan.max_in_flight(here) + lead_of_previous(here, plan.slack)
         records: Any = "records"
 
         def neighbour(there: int, ring: int) -> Neighbour | None:
             if not 0 <= there < NUM_STAGES:
                 return None
+            hold = sends_in_flight(min(here, there), plan.slack)
             out: Any = f"{here} to {there}"
             return Neighbour(there, DirectOutgoing(out, there, hold), self._receives(there, ring, SHAPE))
 
-        return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1), records, record_lag)
+        return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1), records, plan.record_lag)
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
         here, other = self._stage, NUM_STAGES - 1 - self._stage
@@ -68,16 +69,16 @@ class Network:
         return self._incoming(name, there, shape, torch.float32, CPU, ring)
 
 
-def plan_of(a: int, extra: int) -> Plan:
-    return Plan("paci", NUM_STAGES, a, extra, lambda update: update == UPDATES)
+def plan_of(a: int, slack: tuple[int, ...]) -> Plan:
+    return Plan("paci", NUM_STAGES, a, slack, lambda update: update == UPDATES)
 
 
-def in_one_process(a: int, extra: int) -> list[list[torch.Tensor]]:
+def in_one_process(a: int, slack: tuple[int, ...]) -> list[list[torch.Tensor]]:
     stages = [ToyStage(stage, NUM_STAGES) for stage in range(NUM_STAGES)]
     transport = InProcessTransport(NUM_STAGES, True, lambda record: record)
     for _ in range(PLANS):
         for stage in stages:
-            stage.begin(plan_of(a, extra), transport)
+            stage.begin(plan_of(a, slack), transport)
         for _ in range(UPDATES):
             run_to_update(stages)
         for stage in stages:
@@ -86,7 +87,7 @@ def in_one_process(a: int, extra: int) -> list[list[torch.Tensor]]:
 
 
 def over_network(
-    monkeypatch: pytest.MonkeyPatch, a: int, extra: int, seed: int, incoming: Incoming = DirectIncoming
+    monkeypatch: pytest.MonkeyPatch, a: int, slack: tuple[int, ...], seed: int, incoming: Incoming = DirectIncoming
 ) -> list[list[torch.Tensor]]:
     monkeypatch.setattr(links, "dist", FakeNetwork(seed))
     stages = [ToyStage(stage, NUM_STAGES) for stage in range(NUM_STAGES)]
@@ -95,7 +96,7 @@ def over_network(
     def train(stage: ToyStage) -> None:
         try:
             for _ in range(PLANS):
-                stage.begin(plan_of(a, extra), Network(stage.index, extra, incoming))
+                stage.begin(plan_of(a, slack), Network(stage.index, incoming))
                 for _ in range(UPDATES):
                     stage.executor.run_to_update()
                 stage.end()
@@ -115,12 +116,17 @@ def same(left: list[list[torch.Tensor]], right: list[list[torch.Tensor]]) -> boo
     return all(torch.equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("a", "extra"), [(1, 0), (3, 0), (4, 0), (2, 3), (1, 6)])
-def test_training_over_the_network_is_training_in_one_process(monkeypatch: pytest.MonkeyPatch, a: int, extra: int) -> None:
-    expected = in_one_process(a, extra)
+EVEN = [(a, even_slack(NUM_STAGES, extra)) for a, extra in ((1, 0), (3, 0), (4, 0), (2, 3), (1, 6))]
+
+
+@pytest.mark.parametrize(("a", "slack"), [*EVEN, (2, (0, 3, 1)), (1, (2, 0, 0))])
+def test_training_over_the_network_is_training_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, a: int, slack: tuple[int, ...]
+) -> None:
+    expected = in_one_process(a, slack)
     assert all(torch.isfinite(weight).all() for stage in expected for weight in stage)
     for seed in range(3):
-        assert same(over_network(monkeypatch, a, extra, seed), expected), f"seed {seed}"
+        assert same(over_network(monkeypatch, a, slack, seed), expected), f"seed {seed}"
 
 
 class ReadsBeforeWaiting(DirectIncoming):
@@ -146,11 +152,11 @@ def test_a_link_that_does_not_hold_what_it_sends_is_seen(monkeypatch: pytest.Mon
     def send(self: Any, tensor: torch.Tensor, destination: int) -> None:
         self._sent.append((None, links.dist.isend(tensor, dst=destination, group=self._group)))
 
-    expected = in_one_process(3, 0)
+    expected = in_one_process(3, ())
     monkeypatch.setattr(links._Sends, "send", send)
-    assert not same(over_network(monkeypatch, 3, 0, 1), expected)
+    assert not same(over_network(monkeypatch, 3, (), 1), expected)
 
 
 @pytest.mark.parametrize("wrong", [ReadsBeforeWaiting, OneBufferTooFew])
 def test_a_link_that_breaks_the_rules_is_seen(monkeypatch: pytest.MonkeyPatch, wrong: Incoming) -> None:
-    assert not same(over_network(monkeypatch, 3, 0, 1, wrong), in_one_process(3, 0))
+    assert not same(over_network(monkeypatch, 3, (), 1, wrong), in_one_process(3, ()))

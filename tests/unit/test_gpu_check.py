@@ -146,7 +146,7 @@ def test_all_checks_in_small_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_peak_memory_allows_what_transfers_hold_and_no_more() -> None:
-    transfers = one_device.transfers_bytes(GPU_SIZES, 4)
+    transfers = one_device.transfers_bytes(GPU_SIZES)
     assert transfers == (2 * 2 + 2 + 1) * 512 * 4 * 768 * 2, "sends, activations and a gradient posted, in bf16"
     flush = [100 * transfers] * 2
     assert one_device._memory(flush, [size + transfers for size in flush], transfers).holds

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +22,15 @@ from paci_megatron.schedule import (
     with_transfers,
 )
 from paci_megatron.schedule.plan import Plan
-from paci_megatron.schedule.schedules import IsDrain, lead_of_previous, max_drift, max_in_flight, never
+from paci_megatron.schedule.schedules import (
+    IsDrain,
+    even_slack,
+    lead_of_previous,
+    max_drift,
+    max_in_flight,
+    never,
+    parse_slack,
+)
 
 SIZES = list(itertools.product((1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 7, 8, 16)))
 
@@ -34,9 +44,9 @@ def up_to(actions: Iterable[Action], update: int) -> list[Action]:
     raise AssertionError("no such update")
 
 
-def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, extra: int = 0) -> list[list[Action]]:
+def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, slack: Sequence[int] = ()) -> list[list[Action]]:
     return [
-        up_to(with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain, extra), updates)
+        up_to(with_transfers(paci(s, num_stages, a, is_drain, slack), s, num_stages, a, is_drain, slack), updates)
         for s in range(num_stages)
     ]
 
@@ -62,15 +72,58 @@ def test_golden_transfers_of_a_middle_stage() -> None:
 @pytest.mark.parametrize("extra", [0, 1, 3, 7, 20])
 @pytest.mark.parametrize("drains", [(6,), (1, 2, 3, 4, 5, 6), (2, 6), (3, 4, 6)])
 def test_plans_keep_every_rule(num_stages: int, a: int, extra: int, drains: tuple[int, ...]) -> None:
-    validate(plans(num_stages, a, 6, lambda k: k in drains, extra), a, extra, drains)
+    slack = even_slack(num_stages, extra)
+    validate(plans(num_stages, a, 6, lambda k: k in drains, slack), a, slack, drains)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("a", [1, 2, 3, 4])
+@pytest.mark.parametrize("gradients_ahead", [False, True])
+def test_plans_keep_every_rule_whatever_slack_each_link_has(num_stages: int, a: int, gradients_ahead: bool) -> None:
+    for slack in itertools.product((0, 1, 4), repeat=num_stages - 1):
+        plan = Plan("paci", num_stages, a, slack, never, gradients_ahead)
+        plan.check()
+        replace(plan, is_drain=lambda update: update in (2, 3, 6)).check()
+        held = [plan.max_in_flight(stage) for stage in range(num_stages)]
+        assert [before - after - 1 for before, after in itertools.pairwise(held)] == list(slack)
+        assert held[-1] == 1
+        for stage in range(num_stages):
+            # Both bounds are met: no smaller one would do.
+            actions = up_to(plan.actions(stage), 3 * plan.record_lag + 3)
+            assert most_in_flight_and_drift(actions) == (held[stage], plan.max_drift(stage))
+
+
+def most_in_flight_and_drift(actions: Iterable[Action]) -> tuple[int, int]:
+    versions: dict[int, int] = {}
+    updates = most = drift = 0
+    for action in actions:
+        if action.kind is Kind.FORWARD:
+            versions[action.index] = updates
+        elif action.kind is Kind.BACKWARD:
+            drift = max(drift, updates - versions.pop(action.index))
+        updates += action.kind is Kind.UPDATE
+        most = max(most, len(versions))
+    return most, drift
+
+
+def test_slack_is_one_number_spread_evenly_or_one_for_each_link() -> None:
+    assert parse_slack("0", 1) == () and parse_slack("4", 2) == (4,)
+    assert parse_slack("3", 4) == (1, 1, 1) == even_slack(4, 3)
+    assert parse_slack("0,4,0", 4) == (0, 4, 0)
+    for text in ("-1", "1.5", "", "1,", "1,2", "many"):
+        with pytest.raises(ValueError, match=re.escape(f"{text}: ")):
+            parse_slack(text, 4)
+    with pytest.raises(PlanError, match="slack of 2 links for 4 stages: give 3 numbers, or none"):
+        Plan("paci", 4, 2, (1, 2)).check()
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 5, 8, 16])
 @pytest.mark.parametrize("extra", [0, 1, 2, 5, 7, 15, 16, 40])
 def test_extra_micro_batches_fall_evenly_to_the_last_stage(num_stages: int, extra: int) -> None:
-    held = [max_in_flight(stage, num_stages, extra) for stage in range(num_stages)]
+    slack = even_slack(num_stages, extra)
+    held = [max_in_flight(stage, num_stages, slack) for stage in range(num_stages)]
     assert (held[0], held[-1]) == (num_stages + extra, 1)
-    leads = [lead_of_previous(stage, num_stages, extra) for stage in range(1, num_stages)]
+    leads = [lead_of_previous(stage, slack) for stage in range(1, num_stages)]
     assert leads == [before - after for before, after in itertools.pairwise(held)]
     assert max(leads) - min(leads) <= 1
     assert min(leads) >= 1, "a following stage never has as many in flight, so it never waits for ever"
@@ -149,15 +202,15 @@ def test_validator_finds_what_is_left_at_a_drain() -> None:
 @pytest.mark.parametrize("schedule", ["paci", "1f1b"])
 @pytest.mark.parametrize(("num_stages", "a", "extra"), [(2, 1, 0), (4, 3, 3), (8, 2, 7), (8, 16, 0)])
 def test_a_plan_that_a_run_makes_passes_its_own_check(schedule: str, num_stages: int, a: int, extra: int) -> None:
-    extra = extra if schedule == "paci" else 0
+    slack = even_slack(num_stages, extra) if schedule == "paci" else ()
     for gradients_ahead in (False, True):
-        Plan(schedule, num_stages, a, extra, never, gradients_ahead).check()
-        Plan(schedule, num_stages, a, extra, lambda update: update in (1, 2, 5), gradients_ahead).check()
+        Plan(schedule, num_stages, a, slack, never, gradients_ahead).check()
+        Plan(schedule, num_stages, a, slack, lambda update: update in (1, 2, 5), gradients_ahead).check()
 
 
 def test_a_plan_that_breaks_a_rule_is_refused_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy(stage_index: int, num_stages: int, a: int, is_drain: IsDrain, extra: int) -> Iterator[Action]:
-        return paci(max(stage_index - 1, 0), num_stages, a, is_drain, extra)  # each stage takes what the one before may
+    def greedy(stage_index: int, num_stages: int, a: int, is_drain: IsDrain, slack: Sequence[int]) -> Iterator[Action]:
+        return paci(max(stage_index - 1, 0), num_stages, a, is_drain, slack)  # each stage takes what the one before may
 
     monkeypatch.setattr("paci_megatron.schedule.plan.paci", greedy)
     with pytest.raises(PlanError, match="stage 1, action F3: 4 micro-batches in flight, at most 3"):

@@ -14,7 +14,7 @@ import pytest
 
 from lab.study import many_stages
 from paci_megatron.cli.plan import main
-from paci_megatron.schedule.schedules import max_drift
+from paci_megatron.schedule.schedules import even_slack, max_drift
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
 from paci_megatron.simulate.costs import parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
@@ -79,8 +79,9 @@ def test_several_numbers_of_microbatches_give_several_tables(capsys: pytest.Capt
 @pytest.mark.parametrize(("n", "drift", "extra"), [(1, 1, 0), (2, 1, 0), (8, 1, 0), (8, 2, 0), (8, 1, 1), (9, 3, 0)])
 def test_smallest_a(n: int, drift: int, extra: int) -> None:
     a = smallest_a(n, drift, extra)
-    assert max_drift(0, n, a, extra) <= drift
-    assert a == 1 or max_drift(0, n, a - 1, extra) > drift
+    slack = even_slack(n, extra)
+    assert max_drift(0, n, a, slack) <= drift
+    assert a == 1 or max_drift(0, n, a - 1, slack) > drift
 
 
 def advice(n: int, a: int, updates: int = 50, **costs: Any) -> list[str]:

@@ -10,7 +10,7 @@ from tests.support.toy_pipeline import ToyStage
 
 
 def test_a_profile_has_every_action_by_its_name() -> None:
-    plan = Plan("paci", 2, 2, 0, lambda update: update == 2)
+    plan = Plan("paci", 2, 2, (), lambda update: update == 2)
     stages = [ToyStage(stage, 2) for stage in range(2)]
     transport = InProcessTransport(2, True, lambda record: record)
     for stage in stages:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
 from paci_megatron.schedule import Action, Kind, PlanError, format_actions, paci, validate, with_transfers
 from paci_megatron.schedule.records import record_lag, with_records
-from paci_megatron.schedule.schedules import IsDrain, never
+from paci_megatron.schedule.schedules import IsDrain, even_slack, never
 
 from .test_plan import SIZES, up_to
 
 
-def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, extra: int = 0) -> list[list[Action]]:
+def plans(num_stages: int, a: int, updates: int, is_drain: IsDrain = never, slack: Sequence[int] = ()) -> list[list[Action]]:
     return [
         up_to(
             with_records(
-                with_transfers(paci(s, num_stages, a, is_drain, extra), s, num_stages, a, is_drain, extra),
+                with_transfers(paci(s, num_stages, a, is_drain, slack), s, num_stages, a, is_drain, slack),
                 num_stages,
                 a,
                 is_drain,
-                extra,
+                slack,
             ),
             updates,
         )
@@ -46,8 +47,9 @@ def test_every_stage_knows_the_total_of_lag_updates_ago(
 ) -> None:
     updates = 2 * num_stages + 5
     drains = (*drains, updates)
-    with_drains = plans(num_stages, a, updates, is_drain=lambda k: k in drains, extra=extra)
-    validate(with_drains, a, extra, drains)
+    slack = even_slack(num_stages, extra)
+    with_drains = plans(num_stages, a, updates, is_drain=lambda k: k in drains, slack=slack)
+    validate(with_drains, a, slack, drains)
     for plan in with_drains:
         assert [action.index for action in plan if action.kind is Kind.TOTAL] == list(range(1, updates + 1))
 

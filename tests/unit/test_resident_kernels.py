@@ -13,6 +13,7 @@ import pytest
 
 from paci_megatron.schedule import Action, Kind, PlanError, validate
 from paci_megatron.schedule.actions import TRANSFER_KINDS
+from paci_megatron.schedule.schedules import even_slack
 from tests.support.plans import plans_of
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
@@ -21,7 +22,8 @@ NEEDS = {Kind.FORWARD: Kind.RECV_FORWARD, Kind.BACKWARD: Kind.RECV_BACKWARD}
 RECORDS = {Kind.REPORT: 1, Kind.TOTAL: -1}
 UPDATES = 5
 
-SIZES = [(n, a, extra) for n in (2, 3, 4, 8) for a in (1, 2, 4, 8) for extra in sorted({0, 1, n - 1})]
+EVEN = [(n, a, even_slack(n, k)) for n in (2, 3, 4, 8) for a in (1, 2, 4, 8) for k in sorted({0, 1, n - 1})]
+UNEVEN = [(len(slack) + 1, a, slack) for slack in ((0, 3, 0), (2, 0, 5), (4, 0)) for a in (1, 2, 4, 8)]
 NeedsDevice = Callable[[int, Action], bool]
 
 
@@ -71,12 +73,12 @@ def backwards(stage: int, action: Action) -> bool:
     return action.kind is Kind.BACKWARD
 
 
-@pytest.mark.parametrize(("num_stages", "a", "extra"), SIZES)
+@pytest.mark.parametrize(("num_stages", "a", "slack"), [*EVEN, *UNEVEN])
 @pytest.mark.parametrize("sends_stay", [False, True])
 def test_no_stage_waits_for_ever_whatever_needs_the_whole_device(
-    num_stages: int, a: int, extra: int, sends_stay: bool
+    num_stages: int, a: int, slack: tuple[int, ...], sends_stay: bool
 ) -> None:
-    plans, random = plans_of(num_stages, a, UPDATES, extra), Random(a)
+    plans, random = plans_of(num_stages, a, UPDATES, slack), Random(a)
     some = {
         (stage, action)
         for stage, plan in enumerate(plans)
@@ -85,14 +87,16 @@ def test_no_stage_waits_for_ever_whatever_needs_the_whole_device(
     }
     for needs in (every, backwards, lambda stage, action: (stage, action) in some):
         assert stuck(plans, needs, sends_stay) == []
-    validate(plans, a, extra, drains=(UPDATES,))
+    validate(plans, a, slack, drains=(UPDATES,))
 
 
-@pytest.mark.parametrize(("num_stages", "a", "extra"), SIZES)
-def test_with_both_directions_posted_ahead_neighbours_wait_for_each_other(num_stages: int, a: int, extra: int) -> None:
-    plans = plans_of(num_stages, a, UPDATES, extra, gradients_ahead=True)
+@pytest.mark.parametrize(("num_stages", "a", "slack"), EVEN)
+def test_with_both_directions_posted_ahead_neighbours_wait_for_each_other(
+    num_stages: int, a: int, slack: tuple[int, ...]
+) -> None:
+    plans = plans_of(num_stages, a, UPDATES, slack, gradients_ahead=True)
     assert stuck(plans, every, sends_stay=False) != []
     assert stuck(plans, backwards, sends_stay=False) != []
     with pytest.raises(PlanError, match="deadlock: stage 0 at B0"):
-        validate(plans, a, extra, drains=(UPDATES,))
-    validate(plans, a, extra, drains=(UPDATES,), resident_transfers=False)
+        validate(plans, a, slack, drains=(UPDATES,))
+    validate(plans, a, slack, drains=(UPDATES,), resident_transfers=False)

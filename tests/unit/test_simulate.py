@@ -17,7 +17,7 @@ import pytest
 
 from paci_megatron.schedule import Action, Kind, format_actions, parse_actions
 from paci_megatron.schedule.actions import COMPUTE_KINDS
-from paci_megatron.schedule.schedules import flush_bubble_fraction, max_drift, max_in_flight, speedup_limit
+from paci_megatron.schedule.schedules import even_slack, flush_bubble_fraction, max_drift, max_in_flight, speedup_limit
 from paci_megatron.simulate.advice import Scenario
 from paci_megatron.simulate.engine import Costs, Simulation, StageCosts, simulate
 from paci_megatron.simulate.export import to_chrome_trace, to_csv, to_html
@@ -119,9 +119,9 @@ def test_extra_weights(n: int, a: int) -> None:
 def test_drift(n: int, a: int, extra: int) -> None:
     result = run(f"paci:{extra}", a, even(n, 1, 2), updates=40)
     for s, stage in enumerate(result.stages):
-        ahead = max_in_flight(s, n, extra) - 1
+        ahead = max_in_flight(s, n, even_slack(n, extra)) - 1
         assert n - 1 - s <= ahead <= n - 1 - s + extra
-        assert stage.max_drift == max_drift(s, n, a, extra) == math.ceil(ahead / a)
+        assert stage.max_drift == max_drift(s, n, a, even_slack(n, extra)) == math.ceil(ahead / a)
         first, last = stage.marks[20], stage.marks[40]
         mean = Fraction(last.drift_sum - first.drift_sum, last.backwards - first.backwards)
         assert mean == Fraction(ahead, a)

@@ -14,6 +14,7 @@ import pytest
 from paci_megatron.plugin.groups import MAX_TIED_TURNS
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.records import record_lag
+from paci_megatron.schedule.schedules import even_slack
 from tests.support.plans import plans_of
 
 DURATIONS = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0}
@@ -43,8 +44,9 @@ def queue_of(plan: Sequence[Action], stage: int, num_stages: int, ties: bool) ->
 
 def time_per_update(num_stages: int, a: int, turns: int, extra: int = 0, updates: int = 40) -> float:
     """In forwards, in steady state; ``turns`` communicators for each direction of the tied gradients, none if it is 0."""
-    plans = plans_of(num_stages, a, updates, extra)
-    lag = record_lag(num_stages, a, extra)
+    slack = even_slack(num_stages, extra)
+    plans = plans_of(num_stages, a, updates, slack)
+    lag = record_lag(num_stages, a, slack)
     queues = [queue_of(plan, stage, num_stages, turns > 0) for stage, plan in enumerate(plans)]
     started: list[dict[Action | Item, float]] = [{} for _ in plans]
     at, queued_at, computed = [0] * num_stages, [0.0] * num_stages, [0.0] * num_stages
@@ -104,7 +106,7 @@ def test_as_many_communicators_as_updates_until_both_ends_have_met_cost_nothing(
     alone = time_per_update(num_stages, a, turns=0)
     for extra in (0, 1, num_stages - 1):
         assert time_per_update(num_stages, a, 0, extra) == pytest.approx(3 * a, rel=0.01)
-        turns = min(record_lag(num_stages, a, extra), MAX_TIED_TURNS)
+        turns = min(record_lag(num_stages, a, even_slack(num_stages, extra)), MAX_TIED_TURNS)
         assert time_per_update(num_stages, a, turns, extra) <= 1.02 * alone
     if (num_stages, a) in STALLED:
         assert time_per_update(num_stages, a, turns=1) > 1.05 * alone, "one communicator stalls the queue"
