@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ class Arm:
     clip_grad: float = 0.0
     recompute: bool = False
     lr_factor: float = 1.0
+    optimizer: str = "adam"
+    beta1: float = 0.9
     start_fraction: float = 0.0  # of the updates, which flush before PACI begins
     weight_policy: str = "latest"
     is_extra: bool = False
@@ -42,7 +45,7 @@ class Arm:
         """Whether nothing but the schedule and the batch distinguishes it."""
         return (
             not (self.clip_grad or self.recompute or self.start_fraction)
-            and self.lr_factor == 1
+            and (self.optimizer, self.lr_factor, self.beta1) == ("adam", 1, 0.9)
             and self.weight_policy == "latest"
         )
 
@@ -51,7 +54,9 @@ class Arm:
         """The folder's name, and what ``--arms`` selects by: ``paci-b16-a8``, ``flush-b16-a8``, ``paci-b16-a2-clip``."""
         parts = ["flush" if self.is_flush else "paci", f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
         parts += ["clip"] * bool(self.clip_grad) + ["recompute"] * self.recompute
+        parts += [self.optimizer] * (self.optimizer != "adam")
         parts += [f"lr{self.lr_factor:g}"] * (self.lr_factor != 1)
+        parts += [f"beta{self.beta1:g}"] * (self.beta1 != 0.9)
         parts += [f"start{self.start_fraction:.0%}".rstrip("%")] * bool(self.start_fraction)
         return "-".join(parts + [self.weight_policy] * (self.weight_policy != "latest"))
 
@@ -145,7 +150,6 @@ def _pairs(batch_sizes: Iterable[int], counts: tuple[int, ...], repeat_flush: bo
 _OPTIMIZER: dict[str, Any] = {
     "lr-decay-style": "cosine",
     "lr-warmup-fraction": 0.01,
-    "adam-beta1": 0.9,
     "adam-beta2": 0.95,
     "adam-eps": 1e-8,
     "weight-decay": 0.1,
@@ -193,6 +197,29 @@ def _small() -> Study:
         lr_batch_size=256,
         flags={**_SMALL, **model},
         vocab_size=2048,
+    )
+
+
+def _best() -> Study:
+    """Each schedule at its own best peak rate: factors of the small study's, around the best first, for AdamW and Muon.
+
+    Muon's update has Adam's size for each element (Megatron's ``--muon-scale-mode spectral``), so its rates are alike.
+    """
+    rates = (8.0, 4.0, 16.0, 2.0, 32.0, 1.0, 0.5)
+    muon = tuple(Arm(schedule, 4, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5] for schedule in ("1f1b", "paci"))
+    beta1 = tuple(Arm(schedule, 4, 32, lr_factor=2.0, beta1=b) for b in (0.95, 0.98) for schedule in ("1f1b", "paci"))
+    return dataclasses.replace(
+        _small(),
+        name="best",
+        tokens=327_680,
+        arms=(
+            *(Arm(schedule, 4, 32, lr_factor=lr) for lr in rates for schedule in ("1f1b", "paci")),
+            *(Arm("paci", 8, 32, lr_factor=lr) for lr in rates),
+            *muon,
+            *beta1,
+            *(Arm("paci", 16, 32, lr_factor=lr) for lr in rates),
+            *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5]),
+        ),
     )
 
 
@@ -259,4 +286,4 @@ def _gpt2_medium() -> Study:
     )
 
 
-SETS = {"small": _small, "processes": _processes, "smoke": _smoke, "gpt2-medium": _gpt2_medium}
+SETS = {"small": _small, "best": _best, "processes": _processes, "smoke": _smoke, "gpt2-medium": _gpt2_medium}

@@ -131,6 +131,7 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         "train-iters": iterations,
         "lr": lr,
         "min-lr": float(f"{lr / 10:.6g}"),
+        "adam-beta1": arm.beta1,
         "clip-grad": arm.clip_grad,
         "seed": seed,
         "log-interval": period // study.logs_per_period,
@@ -140,6 +141,8 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         "eval-iters": 1,
         "eval-micro-batch-size": _largest_micro_batch(study),
     }
+    if arm.optimizer != "adam":
+        flags["optimizer"] = arm.optimizer
     if arm.start_fraction:
         flags["paci-start-iteration"] = round(arm.start_fraction * iterations)
     if arm.weight_policy != "latest":
