@@ -181,8 +181,13 @@ def interval_line(iteration: int, of_iteration: int, total: Record, skipped: int
     if not math.isnan(total.least_bubble):
         more = f" (up to {total.host_bound:.1%} more where a GPU waits for its host)" if total.host_bound >= 0.005 else ""
         fields.append(f"bubble: {total.least_bubble:.1%} busiest stage, {total.most_bubble:.1%} idlest{more}")
-    fields += [f"max drift: {total.max_drift:.0f}", f"skipped updates: {skipped}"]
+    of_weights = f" ({_percent(total.weight_change)} of the weights)" if total.weight_change else ""
+    fields += [f"max drift: {total.max_drift:.0f}{of_weights}", f"skipped updates: {skipped}"]
     return f"{PREFIX} iteration {iteration:8d} | {' | '.join(fields)} |"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
 
 
 def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
@@ -194,6 +199,7 @@ def _total_figures(known: tuple[int, Record] | None) -> dict[str, Any]:
         "grad_norm_iteration": of_iteration,
         "least_bubble_fraction": total.least_bubble if has_bubble else None,
         "most_bubble_fraction": total.most_bubble if has_bubble else None,
+        "weight_change": None if known is None else total.weight_change,
         "host_bound_fraction": total.host_bound if has_bubble else None,
     }
 
@@ -208,6 +214,7 @@ def stage_line(iteration: int, figures: Sequence[StageFigures]) -> str:
         f"{PREFIX} drained after iteration {iteration:8d} | {figures[0].updates} updates | by stage:"
         f" max drift {column([str(f.max_drift) for f in figures])} |"
         f" mean drift {column([f'{f.mean_drift:.3f}' for f in figures])} |"
+        f" of the weights {column([_percent(f.mean_weight_change) for f in figures])} |"
         f" in flight {column([str(f.max_in_flight) for f in figures])} |"
         f" bubble {column([f'{f.bubble_fraction:.1%}' for f in figures])} |"
         f" skipped updates {column([str(f.skipped_updates) for f in figures])} |"

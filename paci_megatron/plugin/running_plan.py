@@ -17,6 +17,7 @@ from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import BoundError
 from paci_megatron.runtime.tied_embeddings import TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate
+from paci_megatron.runtime.weight_drift import WeightDrift
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.schedule.plan import Plan
 
@@ -81,11 +82,14 @@ class RunningPlan:
             after_step=(lambda: None) if config.weight_policy == "latest" else self.compute.param_gather.complete,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
+        drifts = config.weight_policy == "latest" and plan.max_drift(stage.stage_index) > 0
+        self._weight_drift = WeightDrift(tuple(stage.model.parameters())) if drifts else None
+        self._changed_backwards: list[int] = []
         stage.meter.begin_plan(plan)
         if stage.trace is not None:
             stage.trace.begin_plan(a, begin)
         actions = plan.actions(stage.stage_index)
-        self.executor = Executor(actions, self.compute, link, update, weights, stage.meter, stage.trace)
+        self.executor = Executor(actions, self.compute, link, update, weights, stage.meter, stage.trace, self._weight_drift)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -116,6 +120,10 @@ class RunningPlan:
         self.stage.finalize_gradients()
         if self._watches_loss:
             self.stage.readings.copy("loss", self.compute.window_loss())
+        if self._weight_drift is not None:
+            changes, self._changed_backwards = self._weight_drift.take_window()
+            if changes is not None:
+                self.stage.readings.copy("weight changes", changes)
 
     def _own_figures(self, update: int) -> Record:
         """What else this stage tells the others as its window ends, and its figures for the log."""
@@ -123,12 +131,15 @@ class RunningPlan:
         if (self.begin + update) % self._log_interval == 0:
             meter.end_interval()
         loss = float(self.stage.readings.read("loss")) if self._watches_loss else 0.0
+        changes = self.stage.readings.read("weight changes").tolist() if self._changed_backwards else []
+        meter.count_weight_changes(changes, self._changed_backwards)
         return Record(
             exits=float(exit_wanted()),
             loss=loss,
             least_bubble=meter.interval_bubble,
             most_bubble=meter.interval_bubble,
             max_drift=float(meter.max_drift),
+            weight_change=meter.window_weight_change,
             host_bound=meter.host_bound_fraction,
         )
 

@@ -27,8 +27,9 @@ class Record(NamedTuple):
 
     ``exits`` is how many ask to drain soon, so that Megatron can stop. The loss is the last stage's, and 0 unless watched.
     Bubbles are those of the busiest and the idlest of these stages in the last complete log interval, NaN as long as there
-    is none. ``host_bound`` is the most of any stage's time in which its GPU may have waited for
-    its host while it counted as computing.
+    is none. ``weight_change`` is the most by which any stage's weights have changed over a drift in this window, relative to
+    them. ``host_bound`` is the most of any stage's time in which its GPU may have waited for its host while it counted as
+    computing.
     """
 
     squared_norm: float = 0.0
@@ -38,6 +39,7 @@ class Record(NamedTuple):
     least_bubble: float = math.nan
     most_bubble: float = math.nan
     max_drift: float = 0.0
+    weight_change: float = 0.0
     host_bound: float = 0.0
 
     def plus(self, later: Record) -> Record:
@@ -50,6 +52,7 @@ class Record(NamedTuple):
             _known(min, self.least_bubble, later.least_bubble),
             _known(max, self.most_bubble, later.most_bubble),
             max(self.max_drift, later.max_drift),
+            max(self.weight_change, later.weight_change),
             max(self.host_bound, later.host_bound),
         )
 

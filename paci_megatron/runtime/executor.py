@@ -15,6 +15,7 @@ from .compute import StageCompute
 from .links import StageLink
 from .state import InFlight, PipelineState
 from .update import StageUpdate, UpdateResult
+from .weight_drift import WeightDrift
 from .weights import WeightVersions
 
 
@@ -56,7 +57,9 @@ class Executor:
         weights: WeightVersions,
         meter: StageMeter,
         listener: Listener | None = None,
+        weight_drift: WeightDrift | None = None,
     ) -> None:
+        """``weight_drift``, if given, follows the weights that micro-batches meet."""
         self.state = PipelineState()
         self._plan = plan
         self._compute = compute
@@ -64,6 +67,7 @@ class Executor:
         self._update = update
         self._weights = weights
         self._meter = meter
+        self._weight_drift = weight_drift
         self._listener = listener if listener is not None else _Nobody()
         self._next: Action | None = None
         # For who asks where this stage is, from another thread: the last finished action, the one at hand, and since when.
@@ -130,6 +134,8 @@ class Executor:
         version = self._weights.for_forward(microbatch)
         with self._meter.computing(), self._weights.in_place(version):
             output_tensor = self._compute.forward(microbatch, input_tensor)
+            if self._weight_drift is not None:
+                self._weight_drift.forwarded(version)
         self.state.push(InFlight(microbatch, input_tensor, output_tensor, forward_version=version))
         self._meter.count_forward(in_flight=len(self.state.in_flight))
         self._to_send = output_tensor
@@ -148,6 +154,8 @@ class Executor:
         self._meter.count_backward(drift=version - entry.forward_version)
         with self._meter.computing(), self._weights.in_place(version):
             self._to_send = self._compute.backward(entry, output_gradient)
+            if self._weight_drift is not None:
+                self._weight_drift.backwarded(entry.forward_version, version)
 
     def _send_backward(self, microbatch: int) -> None:
         assert self._to_send is not None

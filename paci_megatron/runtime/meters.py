@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from paci_megatron.schedule.plan import Plan
 class StageFigures:
     """A stage's figures since they were last taken. Drift in updates, times in seconds, fractions in [0, 1].
 
+    ``max_weight_change`` and ``mean_weight_change`` are the drift as a share of the weights, over the micro-batches of which
+    drift is counted, see :class:`~.weight_drift.WeightDrift`.
+
     ``host_bound_fraction`` is what of the time that counts as computing may have been waits of a GPU for its host.
     ``copied_weight_bytes`` is the most that copies of older weights held; 0 under PACI, see ``--paci-weight-policy``.
     """
@@ -28,6 +31,8 @@ class StageFigures:
     skipped_updates: int
     max_drift: int
     mean_drift: float
+    max_weight_change: float
+    mean_weight_change: float
     max_in_flight: int
     bubble_fraction: float
     host_bound_fraction: float
@@ -58,6 +63,7 @@ class StageMeter:
         self._interval_since = self._interval_busy_s = 0.0
         self._interval_host_bound_s = self.host_bound_fraction = 0.0
         self._interval_bubble = math.nan
+        self.window_weight_change = 0.0  # the largest of the last window
         self.restart()
 
     def begin_plan(self, plan: Plan) -> None:
@@ -93,6 +99,12 @@ class StageMeter:
                 f"stage {self.stage_index}: drift of {drift} updates, the schedule allows {self._drift_bound}; "
                 "this is a bug in paci-megatron, please report it"
             )
+
+    def count_weight_changes(self, changes: Sequence[float], backwards: Sequence[int]) -> None:
+        """Note the relative changes of the weights over the drift of a window's backwards, so many backwards of each."""
+        self.window_weight_change = max(changes, default=0.0)
+        self._max_weight_change = max(self._max_weight_change, self.window_weight_change)
+        self._weight_change_sum += sum(change * count for change, count in zip(changes, backwards, strict=True))
 
     def count_update(self, successful: bool) -> None:
         """Note an update, applied or skipped."""
@@ -131,6 +143,8 @@ class StageMeter:
             skipped_updates=self._skipped,
             max_drift=self._max_drift,
             mean_drift=self._drift_sum / self._backwards if self._backwards else 0.0,
+            max_weight_change=self._max_weight_change,
+            mean_weight_change=self._weight_change_sum / self._backwards if self._backwards else 0.0,
             max_in_flight=self._max_in_flight,
             bubble_fraction=max(1.0 - busy_s / wall_s, 0.0),
             host_bound_fraction=host_bound_s / wall_s,
@@ -145,6 +159,7 @@ class StageMeter:
         self._busy.take_s()
         self._updates = self._skipped = self._backwards = self._drift_sum = 0
         self._max_drift = self._max_in_flight = self._copied_weight_bytes = 0
+        self._max_weight_change = self._weight_change_sum = 0.0
         self._since = self._interval_since = time.perf_counter()
         self._interval_busy_s = self._interval_host_bound_s = self.host_bound_fraction = 0.0
         self._interval_bubble = math.nan

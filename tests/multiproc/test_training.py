@@ -82,6 +82,8 @@ def test_measured_drift_and_in_flight_are_the_schedules(
         for stage, report in enumerate(event["stages"]):
             assert report["updates"] == 6
             assert report["max_drift"] == max_drift(stage, num_stages, a)
+            assert 0 <= report["mean_weight_change"] <= report["max_weight_change"] < 1
+            assert (report["mean_weight_change"] > 0) == (report["max_drift"] > 0)
             assert report["max_in_flight"] == max_in_flight(stage, num_stages)
             assert 0 <= report["bubble_fraction"] <= 1
     # Filling and draining cost the same drift in 12 updates as in 6, so what 12 have more is 6 updates of steady state.

@@ -18,6 +18,7 @@ from paci_megatron.runtime.state import InFlight
 from paci_megatron.runtime.steps import OptimizerSteps
 from paci_megatron.runtime.tied_embeddings import TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate
+from paci_megatron.runtime.weight_drift import WeightDrift
 from paci_megatron.runtime.weights import WeightVersions
 from paci_megatron.schedule.plan import Plan
 
@@ -107,6 +108,9 @@ class ToyStage:
         self.model = Model(stage_index, num_stages)
         self.optimizer = Optimizer(self.model)
         self._steps, self._last_total = OptimizerSteps(self.optimizer), Record()
+        self.compute = Compute(self.model)
+        self.weight_drift = WeightDrift(tuple(self.model.parameters()))
+        self.windows: list[tuple[torch.Tensor | None, list[int]]] = []  # what each has of the drift of the weights
 
     def begin(self, plan: Plan, transport: Transport) -> None:
         """A plan from an empty pipeline to its drain."""
@@ -120,7 +124,7 @@ class ToyStage:
             self.optimizer,
             SimpleNamespace(step=lambda increment: None),
             self._control,
-            lambda: None,
+            lambda: self.windows.append(self.weight_drift.take_window()),
             self._steps,
             self.optimizer,
             samples_per_update=1,
@@ -129,8 +133,10 @@ class ToyStage:
         meter = StageMeter(self.index, self.num_stages, torch.device("cpu"))
         meter.begin_plan(plan)
         weights = WeightVersions(tuple(self.model.parameters()), "latest", plan.microbatches_per_update)
-        compute: Any = Compute(self.model)
-        self.executor = Executor(plan.actions(self.index), compute, link, update, weights, meter)
+        compute: Any = self.compute
+        self.executor = Executor(
+            plan.actions(self.index), compute, link, update, weights, meter, weight_drift=self.weight_drift
+        )
 
     def end(self) -> None:
         """The plan's drain."""
