@@ -82,8 +82,7 @@ class RunningPlan:
             after_step=(lambda: None) if config.weight_policy == "latest" else self.compute.param_gather.complete,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
-        drifts = config.weight_policy == "latest" and plan.max_drift(stage.stage_index) > 0
-        self._weight_drift = WeightDrift(tuple(stage.model.parameters())) if drifts else None
+        self._weight_drift = _weight_drift(plan, stage, config)
         self._changed_backwards: list[int] = []
         stage.meter.begin_plan(plan)
         if stage.trace is not None:
@@ -150,3 +149,10 @@ class RunningPlan:
         num_tokens = self.compute.take_num_tokens()
         torch.distributed.all_reduce(num_tokens, group=self.stage.groups.dp_cp)
         return num_tokens
+
+
+def _weight_drift(plan: Plan, stage: Stage, config: PaciConfig) -> WeightDrift | None:
+    """What follows the weights that micro-batches meet; None where a backward meets those of its forward."""
+    if config.weight_policy != "latest" or plan.max_drift(stage.stage_index) == 0:
+        return None
+    return WeightDrift(tuple(stage.model.parameters()))
