@@ -64,6 +64,7 @@ class StageMeter:
         self._interval_host_bound_s = self.host_bound_fraction = 0.0
         self._interval_bubble = math.nan
         self.window_weight_change = 0.0  # the largest of the last window
+        self._max_weight_change = self._weight_change_sum = 0.0
         self.restart()
 
     def begin_plan(self, plan: Plan) -> None:
