@@ -48,6 +48,13 @@ def reads_batches(vp_stage: int | None = None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead(vp_stage)
 
 
+def packs_sequences() -> bool:
+    """Whether a sample holds several sequences, whose boundaries every stage needs."""
+    from megatron.training import get_args
+
+    return bool(get_args().sft or get_args().dataloader_inter_document_masking)
+
+
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None = None) -> dict[str, Any]:
     """The next micro-batch on this rank: tokens, labels, loss_mask, position_ids, each (micro-batch size, sequence),
     attention_mask, and where sequences are packed their boundaries (cu_seqlens) and the longest of them. Whatever this stage
@@ -57,8 +64,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     from megatron.training import get_args
 
     args = get_args()
-    packed = args.sft or args.dataloader_inter_document_masking
-    needed = reads_batches(vp_stage)
+    packed, needed = packs_sequences(), reads_batches(vp_stage)
     if not needed and not packed:
         return dict.fromkeys(_FIELDS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -256,7 +262,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         check_token_ids(args)
 
     def is_built_here() -> bool:
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and (args.sft or reads_batches(vp_stage))
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and (packs_sequences() or reads_batches(vp_stage))
 
     kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     if args.fim_data and kind is GPTDataset:

@@ -58,6 +58,7 @@ class PaciConfig:
                 "ranks and takes the gradient norm over the world. Remove --use-distributed-optimizer."
             )
         _check_layout(args)
+        _check_packing(args)
         _check_weight_policy(args)
         return cls(
             num_stages,
@@ -219,6 +220,17 @@ def _check_layout(args: argparse.Namespace) -> None:
                 f"--pipeline-model-parallel-layout {text} leaves stage {stage} empty: it would only pass tensors "
                 "on. Give it a layer, or use fewer stages."
             )
+
+
+def _check_packing(args: argparse.Namespace) -> None:
+    """``ConfigError`` if a micro-batch of packed sequences has several samples."""
+    flag = "--sft" if args.sft else "--dataloader-inter-document-masking"
+    if (args.sft or args.dataloader_inter_document_masking) and args.micro_batch_size > 1:
+        raise ConfigError(
+            f"{flag} with --micro-batch-size {args.micro_batch_size} on several stages: Megatron packs a micro-batch into "
+            "one sequence, and its transfers between stages keep the samples apart. Use --micro-batch-size 1 and a larger "
+            "--seq-length."
+        )
 
 
 def _check_weight_policy(args: argparse.Namespace) -> None:

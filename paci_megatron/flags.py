@@ -57,17 +57,14 @@ _QUANTIZED = (
 _DUMPS = (
     "it saves tensors of one flushed iteration, and under paci an iteration's forwards and backwards interleave with others"
 )
+_LOGITS = (
+    "Megatron hooks it to the output layer on every rank, so that it has it with one stage only",
+    "Remove the flag, or use --pipeline-model-parallel-size 1 without paci",
+)
 _EVERY_STAGE = "it needs an agreement of all stages in every iteration, which would stop the pipeline each time"
 REFUSED: tuple[Refused, ...] = (
     Refused("--fp8-format", "fp8", *_QUANTIZED),
     Refused("--fp4-format", "fp4", *_QUANTIZED),
-    Refused(
-        "--num-distributed-optimizer-instances",
-        "num_distributed_optimizer_instances",
-        "its gradient statistics use groups that span stages",
-        "Use one instance",
-        _unless(None, 1),
-    ),
     Refused("--use-megatron-fsdp", "use_megatron_fsdp", "parameters are gathered and freed per flush", _REMOVE),
     Refused("--use-torch-fsdp2", "use_torch_fsdp2", "parameters are gathered and freed per flush", _REMOVE),
     Refused(
@@ -81,30 +78,29 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "--perform-rl-step", "perform_rl_step", "reinforcement learning needs a flushed pipeline in every step", _REMOVE
     ),
-    Refused("--logits-load-dir", "logits_load_dir", "distillation is not tested under paci", _REMOVE),
-    Refused("--logits-save-dir", "logits_save_dir", "distillation is not tested under paci", _REMOVE),
-    Refused("--modelopt-enabled", "modelopt_enabled", "ModelOpt is not tested under paci", _REMOVE),
-    Refused("--vision-pretraining", "vision_pretraining", "paci is tested with language models only", _REMOVE),
-    Refused("--sft", "sft", "packed sequences reduce statistics over all stages in every iteration", _REMOVE),
+    Refused("--logits-load-dir", "logits_load_dir", *_LOGITS),
+    Refused("--logits-save-dir", "logits_save_dir", *_LOGITS),
     Refused(
-        "--dataloader-inter-document-masking",
-        "dataloader_inter_document_masking",
-        "packed sequences reduce statistics over all stages in every iteration",
+        "--export-kd-teacher-load",
+        "export_kd_teacher_load",
+        "ModelOpt's distillation sends the teacher's activations along with the student's, and paci's transfers are one "
+        "tensor of one shape",
         _REMOVE,
+    ),
+    Refused(
+        "--vision-pretraining-type",
+        "vision_pretraining_type",
+        "DINO changes gradients and the teacher's weights between Megatron's backward and step, which are paci's own",
+        _REMOVE,
+        lambda value: value == "dino",
     ),
     Refused(
         "--hybrid-context-parallel", "hybrid_context_parallel", "transfers have one shape, fixed before training", _REMOVE
     ),
     Refused(
-        "--adlr-autoresume",
-        "adlr_autoresume",
-        "it saves and exits where all ranks are at the same iteration, and under paci they are at different ones",
-        "Use --exit-signal-handler or --exit-duration-in-mins, for which all stages drain first",
-    ),
-    Refused(
         "--inprocess-restart",
         "inprocess_restart",
-        "it starts training again in the same process, where the plan and the transfers of the failed run still are",
+        "it aborts NCCL only, and a stage that waits for a neighbour's record waits over gloo until the time-out",
         "Use torchrun --max-restarts, with --save and --load",
     ),
     Refused(

@@ -63,6 +63,7 @@ class Drains:
             or (n + 1) in (args.iterations_to_skip or ())
             or _divides(args.check_weight_hash_across_dp_replicas_interval, n)
             or _divides(args.gpu_sniff_test_interval, n)
+            or (args.adlr_autoresume and _divides(args.adlr_autoresume_interval, n))
             # Megatron then changes the time-out of all process groups, behind a barrier.
             or (args.distributed_timeout_seconds_after_init is not None and n == self._first_iteration)
             or (args.step_batch_size_schedule is not None and self._changes_microbatches(n))

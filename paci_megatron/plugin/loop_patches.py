@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from paci_megatron.runtime.control import Record
@@ -259,6 +260,33 @@ def wrap_reduce_max_stat_across_model_parallel_group(original: Function) -> Func
         return stat if run is not None and run.runs_plans else original(stat, *positional, **named)
 
     return reduce_max_stat_across_model_parallel_group
+
+
+def wrap_consume_seqlen_stats_in_iteration(original: Function) -> Function:
+    """Sums the lengths of packed sequences, by which Megatron counts FLOPs, over the ranks of one stage rather than of all.
+
+    A stage sees all micro-batches of its replica: here those that it has forwarded since its last update, which on the last
+    stage are the window's, and on all stages come to the same at a drain.
+    """
+
+    @functools.wraps(original)
+    def consume_seqlen_stats_in_iteration() -> tuple[float | None, float | None]:
+        from megatron.training import training
+
+        run = runs.current()
+        sums: torch.Tensor | None = training._seqlen_stats_in_iteration  # (2,): of the lengths, and of their squares
+        if run is None or not run.runs_plans or sums is None:
+            return original()  # without packed sequences it asks nobody
+        torch.distributed.all_reduce(
+            sums, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        )
+        tokens, squares = sums.tolist()
+        sums.zero_()
+        training._seqlen_stats_active = False
+        counted = len(run.stages) * run.args.tensor_model_parallel_size * run.args.context_parallel_size
+        return tokens / counted, squares / counted
+
+    return consume_seqlen_stats_in_iteration
 
 
 def wrap_validate_result(original: Function) -> Function:

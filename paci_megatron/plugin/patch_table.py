@@ -97,6 +97,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
     ),
     PatchPoint(
         _TRAINING,
+        "consume_seqlen_stats_in_iteration",
+        loop_patches.wrap_consume_seqlen_stats_in_iteration,
+        "",
+        "sums the lengths of packed sequences over all ranks in every iteration",
+    ),
+    PatchPoint(
+        _TRAINING,
         "training_log",
         loop_patches.wrap_training_log,
         "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag skipped_iter grad_norm params_norm "

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe import moe_logging
+from torch.distributed import get_process_group_ranks
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.control import Record
@@ -23,6 +24,7 @@ from paci_megatron.schedule.plan import Plan
 
 from .drains import Drains, MicrobatchForecast
 from .flush_trace import FlushTrace, stage_trace
+from .groups import Wanted, create_groups
 from .log import print_last_rank
 from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
@@ -88,8 +90,8 @@ class Run:
         self._optimizer = optimizer
         self.iteration = args.iteration
         self._start_monitor([stage.meter for stage in stages])
+        keep_gradient_statistics_within_stage([stage.optimizer for stage in stages], args)
         for stage in stages:
-            keep_gradient_statistics_within_stage(stage.optimizer)
             stage.trace = stage_trace(args, stage.model, stage.stage_index, self._config.num_stages)
             if args.paci_metrics_file:
                 stage.saved = SavedActivations(stage.model.parameters())
@@ -226,18 +228,23 @@ class Run:
             )
 
 
-def keep_gradient_statistics_within_stage(optimizer: Any) -> None:
-    """Make Megatron's optimizers reduce gradient norms over the ranks that share this stage only.
+def keep_gradient_statistics_within_stage(optimizers: Sequence[Any], args: argparse.Namespace) -> None:
+    """Make Megatron's optimizers reduce gradient norms over the ranks that share their stage only. Collective.
 
-    By default they reduce over all stages (``megatron.core.optimizer``: model-parallel group, or the world for the
-    distributed optimizer), in every step, even without clipping.
+    By default they reduce over all stages (``megatron.core.optimizer``: model-parallel group, or all stages of an instance
+    of the distributed optimizer), in every step, even without clipping.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    shards = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if (args.num_distributed_optimizer_instances or 1) > 1:  # each instance has all the gradients of the stage
+        instance = parallel_state.get_intra_distributed_optimizer_instance_group()
+        ranks = set(get_process_group_ranks(shards)) & set(get_process_group_ranks(instance))
+        (shards,) = create_groups([Wanted("PACI_INSTANCE", tuple(sorted(ranks)))], args.distributed_timeout_minutes)
+    for part in (part for whole in optimizers for part in getattr(whole, "chained_optimizers", [whole])):
         holds_experts = any(group.get("is_expert_parallel") for group in part.param_groups)
         if isinstance(part, DistributedOptimizer):
-            part.grad_stats_parallel_group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            part.grad_stats_parallel_group = shards
         elif holds_experts:
             part.grad_stats_parallel_group = parallel_state.get_expert_tensor_and_model_parallel_group()
         else:

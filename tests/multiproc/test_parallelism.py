@@ -182,6 +182,24 @@ def test_split_stages_train_as_whole_ones(
     np.testing.assert_allclose(parts[-1].evaluations, whole[-1].evaluations, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("num_stages", "dp"), [(2, 2)])
+def test_each_instance_of_the_distributed_optimizer_has_the_stages_norm(
+    pool: GetPool, corpus: str, num_stages: int, dp: int
+) -> None:
+    """Clipped, drained: Megatron's flush with as many instances. Not drained: as with one, to rounding."""
+    argv = arguments(corpus, num_stages, 2, *DISTRIBUTED_OPTIMIZER, dp=dp)
+    argv = [*without(argv, "--clip-grad"), "--clip-grad", "0.1"]
+    instances = ["--num-distributed-optimizer-instances", "2"]
+    run = pool(num_stages * dp).run
+    flush = run("train", argv=[*argv, *instances])
+    drained = run("train", argv=[*argv, *instances, *PACI, "--paci-drain-interval", "1"])
+    np.testing.assert_allclose(drained[-1].losses, flush[-1].losses, rtol=1e-6)
+    one = run("train", argv=[*argv, *PACI])
+    several = run("train", argv=[*argv, *instances, *PACI], count_collectives=True)
+    assert [rank.collectives for rank in several] == [{}] * (num_stages * dp), "a collective across stages between drains"
+    np.testing.assert_allclose(several[-1].losses, one[-1].losses, rtol=1e-6)
+
+
 OFTEN = ("data", "experts-alltoall", "distributed-optimizer-gathered-in-forwards")
 
 

@@ -52,6 +52,8 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "ckpt_format": "torch_dist",
         "optimizer": "adam",
         "cuda_graph_impl": "none",
+        "sft": False,
+        "dataloader_inter_document_masking": False,
     }
     return argparse.Namespace(**{**accepted, **changes})
 
@@ -124,6 +126,14 @@ def test_a_clipping_norm_that_makes_no_sense_is_refused(norm: float) -> None:
     with pytest.raises(ConfigError, match=rf"^--clip-grad {norm}: must be a norm of gradients, or 0, which clips nothing"):
         check_options(namespace(clip_grad=norm))
     check_options(namespace(clip_grad=norm, pipeline_schedule="1f1b"))  # Megatron's own, as it was
+
+
+@pytest.mark.parametrize("flag", ["--sft", "--dataloader-inter-document-masking"])
+def test_packed_sequences_have_one_sample_a_micro_batch(flag: str) -> None:
+    packed = {flag[2:].replace("-", "_"): True}
+    with pytest.raises(ConfigError, match=rf"^{flag} with --micro-batch-size 2 on several stages.*Use --micro-batch-size 1"):
+        PaciConfig.from_args(namespace(**packed))
+    PaciConfig.from_args(namespace(**packed, micro_batch_size=1))
 
 
 def test_a_layout_that_leaves_a_stage_empty_is_refused() -> None:

@@ -25,7 +25,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
 
 def refused_value(rule: Refused) -> Any:
     """A value that a user may give the flag."""
-    values = {"optimizer": "dist_muon", "fp8": "hybrid", "fp4": "e2m1"}
+    values = {"optimizer": "dist_muon", "fp8": "hybrid", "fp4": "e2m1", "vision_pretraining_type": "dino"}
     number = rule.flag.endswith(("-instances", "-interval", "-layers", "-stage", "-rank", "-mins"))
     return values.get(rule.attribute, 2 if number else True)
 
@@ -50,7 +50,7 @@ def test_each_refused_flag_is_refused_with_reason_and_remedy(rule: Refused) -> N
 
 @pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.flag)
 def test_each_refused_flag_exists_in_megatron_and_is_off_by_default(rule: Refused, megatron_defaults: Any) -> None:
-    if rule.attribute == "modelopt_enabled":
+    if rule.attribute == "export_kd_teacher_load":
         return  # added by scripts that use ModelOpt
     assert rule.flag in megatron_defaults.flags
     assert not rule.is_set(getattr(megatron_defaults.values, rule.attribute))
