@@ -21,6 +21,7 @@ from pathlib import Path
 from paci_megatron.config import ConfigError, PaciConfig
 from paci_megatron.schedule.schedules import speedup_limit
 
+from .batch_growth import calculator, growth_warning
 from .describe import describe
 from .log import PREFIX
 
@@ -119,7 +120,9 @@ def _validated() -> argparse.Namespace:
     # As pretrain_gpt_paci.py does.
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     core_transformer_config_from_args(args)
-    if args.step_batch_size_schedule is None:
+    if args.step_batch_size_schedule is not None:
+        args.num_microbatches = calculator(args).get()
+    else:
         sizes = (args.global_batch_size, args.micro_batch_size, args.data_parallel_size)
         args.num_microbatches = ConstantNumMicroBatchesCalculator(*sizes, False, args.rank).get()
     return args
@@ -134,7 +137,8 @@ def _summary(args: argparse.Namespace) -> str:
         parts.append(f"{args.data_parallel_size} pipelines")
     count = getattr(args, "num_microbatches", None)
     if count is not None:
-        parts.append(f"{count} micro-batches of {args.micro_batch_size} sequences per update")
+        begin = "" if args.step_batch_size_schedule is None else " at the beginning"
+        parts.append(f"{count} micro-batches of {args.micro_batch_size} sequences per update{begin}")
     if args.train_iters and args.step_batch_size_schedule is None:
         tokens = args.train_iters * args.global_batch_size * args.seq_length
         parts.append(f"{args.train_iters} updates, {tokens:.3g} tokens")
@@ -148,7 +152,8 @@ def _notes(args: argparse.Namespace) -> list[str]:
         return []
     config = PaciConfig.from_args(args)
     limit = speedup_limit(config.num_stages, count)
-    return [*describe(config, args.clip_grad, count), f"speed: at most {limit:.2f} times that of 1F1B-flush"]
+    said = [*describe(config, args.clip_grad, count), *growth_warning(config, args)]
+    return [*said, f"speed: at most {limit:.2f} times that of 1F1B-flush"]
 
 
 def _layers_by_stage(args: argparse.Namespace) -> list[int] | None:

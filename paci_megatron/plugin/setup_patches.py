@@ -25,6 +25,7 @@ from paci_megatron.schedule.records import record_lag
 
 from . import emulation
 from . import run as runs
+from .batch_growth import growth_warning
 from .checkpoints import check_load
 from .describe import describe
 from .groups import ProcessTransport, leave_room_for_transfers
@@ -165,7 +166,8 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
             lag = record_lag(pipeline.size(), get_num_microbatches(), PaciConfig.from_args(args).slack)
             stages, transport = [stage], ProcessTransport(args, stage, lag)
         run.start(stages, transport, optimizer)
-        for line in describe(PaciConfig.from_args(args), args.clip_grad, get_num_microbatches()):
+        config = PaciConfig.from_args(args)
+        for line in (*describe(config, args.clip_grad, get_num_microbatches()), *growth_warning(config, args)):
             print_first_rank(line)
         get_timers()("interval-time", log_level=0)
         get_timers()._timers["interval-time"] = IntervalTimer("interval-time")

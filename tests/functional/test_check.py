@@ -46,6 +46,16 @@ COMMANDS: list[tuple[str, str, list[str]]] = [
         "error: 2 reasons:",
         ["--use-megatron-fsdp does not work", "--paci-extra-in-flight -1: must be 0 or a number"],
     ),
+    (
+        f"torchrun --nproc-per-node 4 x.py {PACI} --bf16".replace(
+            "--global-batch-size 8", "--step-batch-size-schedule 0:1,128:4"
+        ),
+        "ok: schedule paci, 4 stages, 1 micro-batches of 1 sequences per update at the beginning",
+        [
+            "up to 3 updates with 1 micro-batches, and 1 from iteration 3 on with 4",
+            "flush until then with --paci-start-iteration 2, 20",
+        ],
+    ),
     (f"torchrun --nproc-per-node auto x.py {PACI}", "error: --nproc-per-node auto: the number is not known here", []),
     (f"torchrun --nproc-per-node 4 x.py {PACI} --no-such-flag", "error: unrecognized arguments: --no-such-flag", []),
     ("./launch.sh", "error: ./launch.sh ...: not a torchrun command", []),
