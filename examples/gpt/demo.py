@@ -139,7 +139,13 @@ def training_command(settings: Settings, schedule: str, prefix: Path, metrics: P
     for split in ("train", "valid"):
         command += [f"--{split}-data-path", f"{_shown(prefix)}_{split}_document"]
     command += ["--data-cache-path", _shown(_index_cache(prefix)), "--paci-metrics-file", _shown(metrics)]
+    command += ["--paci-trace-dir", _shown(trace_folder(metrics))]
     return [*command, "--pipeline-schedule", "paci"] if schedule == "paci" else command
+
+
+def trace_folder(metrics: Path) -> Path:
+    """Where the run of this metrics file writes when each stage did each action."""
+    return metrics.with_name(f"{metrics.stem}-trace")
 
 
 def _index_cache(prefix: Path) -> Path:
@@ -222,7 +228,8 @@ def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
     metrics = {schedule: output / f"{schedule}.jsonl" for schedule in SCHEDULES}
     for schedule in SCHEDULES:
         with _timed(f"training with {NAMES[schedule]}"):
-            metrics[schedule].unlink(missing_ok=True)  # a training appends to it
+            metrics[schedule].unlink(missing_ok=True)  # a training appends to it, and to its trace
+            shutil.rmtree(trace_folder(metrics[schedule]), ignore_errors=True)
             command = training_command(settings, schedule, prefix, metrics[schedule])
             log = output / f"{schedule}.log"
             run_step(f"training with {NAMES[schedule]}", command, log, environment, progress_line)

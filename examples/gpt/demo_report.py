@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from paci_megatron.telemetry import plotting
 from paci_megatron.telemetry.curves import Curve
-
-Event = dict[str, Any]
+from paci_megatron.telemetry.run_events import Event, named
+from paci_megatron.telemetry.speed import steady_intervals, tokens_per_second
 
 SCHEDULES = ("1f1b", "paci")
 NAMES = {"1f1b": "1F1B-flush", "paci": "PACI"}
-
-
-class Interval(NamedTuple):
-    """The iterations after ``start`` up to and including ``end``, of one log line."""
-
-    start: int
-    end: int
-    tokens: int
-    seconds: float
 
 
 class Evaluation(NamedTuple):
@@ -36,48 +26,13 @@ class Evaluation(NamedTuple):
     perplexity: float
 
 
-def _named(events: Iterable[Event], name: str) -> list[Event]:
-    return [event for event in events if event["event"] == name]
-
-
-def log_intervals(events: list[Event]) -> list[Interval]:
-    """The run's log intervals, in order."""
-    intervals = []
-    tokens = 0
-    for event in _named(events, "train"):
-        end, count = event["iteration"], event["iterations"]
-        seconds = count * event["ms_per_iteration"] / 1000
-        intervals.append(Interval(end - count, end, event["tokens"] - tokens, seconds))
-        tokens = event["tokens"]
-    return intervals
-
-
-def steady_intervals(events: list[Event]) -> list[Interval]:
-    """The log intervals in which the pipeline neither fills nor runs empty.
-
-    The pipeline fills at the start (the first iteration is logged by itself) and after each drain, and runs empty at
-    each drain. The same intervals are left out for 1F1B-flush, which does both in every iteration, so that the two
-    schedules are timed over the same iterations.
-    """
-    boundaries = {0, 1} | {event["iteration"] for event in _named(events, "drain")}
-    return [i for i in log_intervals(events) if not any(i.start <= b <= i.end for b in boundaries)]
-
-
-def tokens_per_second(events: list[Event]) -> float:
-    """Training speed in steady state: all tokens over all seconds. ``ValueError`` if no interval is steady."""
-    intervals = steady_intervals(events)
-    if not intervals:
-        raise ValueError("no log interval lies strictly between two drains: train for more iterations")
-    return sum(i.tokens for i in intervals) / sum(i.seconds for i in intervals)
-
-
 def evaluations(events: list[Event]) -> list[Evaluation]:
     """The evaluations in order, one an iteration.
 
     Megatron evaluates twice after the last iteration, on different samples of the same size: their losses are averaged.
     """
     by_iteration: dict[int, list[Event]] = defaultdict(list)
-    for event in _named(events, "evaluation"):
+    for event in named(events, "evaluation"):
         by_iteration[event["iteration"]].append(event)
     return [
         Evaluation(iteration, same[0]["tokens"], same[0]["train_s"], math.exp(fmean(event["loss"] for event in same)))
@@ -89,8 +44,8 @@ def summarize_run(events: list[Event]) -> dict[str, Any]:
     """One schedule's figures. ``train_seconds`` is all of training without evaluations, ``tokens_per_second`` the speed
     in steady state, ``bubble_fraction`` the mean over time and stages, fills and drains included.
     """
-    train, drains = _named(events, "train"), _named(events, "drain")
-    if not (train and drains and train[0]["iteration"] == 1 and _named(events, "evaluation")):
+    train, drains = named(events, "train"), named(events, "drain")
+    if not (train and drains and train[0]["iteration"] == 1 and named(events, "evaluation")):
         raise ValueError("incomplete metrics: expected the first iteration, an evaluation and a drain")
     stages = [stage for drain in drains for stage in drain["stages"]]
     wall_s = sum(stage["wall_s"] for stage in stages)

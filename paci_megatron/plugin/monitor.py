@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.device import memory, reset_peak_memory
@@ -17,7 +18,8 @@ from paci_megatron.runtime.meters import StageFigures, StageMeter
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
 from .drains import Drains
-from .log import PREFIX
+from .log import PREFIX, print_last_rank
+from .run_header import run_header
 
 
 class RunMonitor:
@@ -41,6 +43,8 @@ class RunMonitor:
         self._paused_since: float | None = None
         self._logged_s = 0.0
         self._losses: list[torch.Tensor] = []
+        if self._file is not None:
+            self._file.write("run", **run_header(args, get_num_microbatches(), meters[0].device))
         self._total: tuple[int, Record] | None = None  # iteration and record of all stages, the latest that is known
         self._skipped = 0
 
@@ -103,6 +107,12 @@ class RunMonitor:
         # As Megatron prints it: beyond exp(20) the number says nothing.
         perplexity = math.exp(min(20.0, loss))
         self._file.write("evaluation", **self._position(iteration), prefix=prefix, loss=loss, perplexity=perplexity)
+
+    def fell_back(self, iteration: int, reason: str) -> None:
+        """Because of ``iteration`` the stages will flush for a while, or what else ``reason`` says."""
+        print_last_rank(reason)
+        if self._file is not None:
+            self._file.write("fallback", iteration=iteration, reason=reason)
 
     def pause(self) -> None:
         """Training time stands still from here."""

@@ -206,7 +206,7 @@ class Run:
             self.totals[begin + update] = total
             line = self.drains.hear(begin + update, total, known_at=begin + update + plan.record_lag)
             if line is not None:
-                print_last_rank(line)
+                self.monitor.fell_back(begin + update, line)
 
         self.plans = [
             RunningPlan(plan, begin, stage, self._config, self.args, self._transport, self._optimizer, on_total)

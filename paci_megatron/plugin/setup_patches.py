@@ -77,7 +77,8 @@ def wrap_validate_args(original: Function) -> Function:
                 lambda: check_files(args),
                 lambda: shared_gpu.adapt_arguments(args),
             )
-        for line in (*adapt_to_installed(args), *lines):
+        args.paci_set_up = [*adapt_to_installed(args), *lines]
+        for line in args.paci_set_up:
             print_first_rank(line)
         if not runs_plans:
             return original(args, defaults)

@@ -148,6 +148,11 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, for_device: torch.de
     return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=for_device.type == "cuda")
 
 
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Let :func:`memory` count from now."""
     if device.type == "cuda":

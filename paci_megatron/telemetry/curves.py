@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .metrics_file import read_metrics
+from .run_events import Event, named, read_run_events
 from .tensorboard_file import read_event_folder
 
 SPLITS = ("train", "validation")
@@ -54,7 +54,7 @@ def read_run(path: Path, label: str, seq_length: int | None = None) -> Run:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name a metrics file, or a TensorBoard folder")
-    run = _from_tensorboard(path, label, seq_length) if path.is_dir() else _from_metrics(path, label)
+    run = _from_tensorboard(path, label, seq_length) if path.is_dir() else run_of(read_run_events(path), label)
     if not run.train and not run.validation:
         raise ValueError(f"{path}: no losses in it; name the metrics of a training that has logged something")
     return run
@@ -96,69 +96,21 @@ def running_mean(values: Sequence[float], count: int) -> list[float]:
     return means
 
 
-def _from_metrics(path: Path, label: str) -> Run:
-    """A metrics file's run. A training that was resumed continues in the same file, from an earlier iteration."""
-    train: list[Point] = []
-    validation: list[Point] = []
-    offset_s = 0.0
-    try:
-        processes = _by_process(event for event in read_metrics(path) if event["event"] in ("train", "evaluation"))
-        for events in processes:
-            start = _start(events)
-            offset_s = _seconds_at(start, train)
-            train = [point for point in train if point.update <= start]
-            validation = [point for point in validation if point.update <= start]
-            train += [_point(event, offset_s) for event in events if event["event"] == "train"]
-            validation += _mean_evaluations(events, offset_s)
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a metrics file; name one that --paci-metrics-file has written") from error
-    return Run(label, train, validation)
+def run_of(events: Sequence[Event], label: str) -> Run:
+    """The run that has these events, joined as by :func:`~paci_megatron.telemetry.run_events.join`."""
+    return Run(label, [_point(event) for event in named(events, "train")], _mean_evaluations(events))
 
 
-def _by_process(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The events of each process that has written to the file. Its clocks start anew: ``time_s``, and that of training,
-    which shows in the time since the last log line.
-    """
-    processes: list[list[dict[str, Any]]] = []
-    time_s = train_s = 0.0
-    for event in events:
-        began_s = math.inf
-        if event["event"] == "train":
-            began_s = event["train_s"] - event["iterations"] * event["ms_per_iteration"] / 1000
-        if not processes or event["time_s"] < time_s or began_s < train_s / 2:
-            processes.append([])
-        processes[-1].append(event)
-        time_s = event["time_s"]
-        train_s = event["train_s"] if event["event"] == "train" else train_s
-    return processes
+def _point(event: Event) -> Point:
+    return Point(event["iteration"], event["tokens"], event["train_s"], event["loss"])
 
 
-def _start(events: list[dict[str, Any]]) -> int:
-    """The iteration after which a process started."""
-    first = events[0]
-    return int(first["iteration"]) - int(first.get("iterations", 0))
-
-
-def _seconds_at(update: int, points: list[Point]) -> float:
-    """The training time after ``update`` updates, on a straight line through the points beside it."""
-    if not update or not points:
-        return 0.0
-    known = [(0, 0.0), *((point.update, point.seconds) for point in points)]
-    after = next((index for index, (there, _) in enumerate(known) if there >= update), len(known) - 1)
-    (x0, y0), (x1, y1) = known[after - 1], known[after]
-    return y0 + (y1 - y0) * (update - x0) / (x1 - x0)
-
-
-def _point(event: dict[str, Any], offset_s: float) -> Point:
-    return Point(event["iteration"], event["tokens"], offset_s + event["train_s"], event["loss"])
-
-
-def _mean_evaluations(events: list[dict[str, Any]], offset_s: float) -> list[Point]:
+def _mean_evaluations(events: Sequence[Event]) -> list[Point]:
     """The evaluations on validation data: after the last iteration Megatron makes two, on different samples."""
-    chosen = [e for e in events if e["event"] == "evaluation" and "test set" not in e.get("prefix", "")]
+    chosen = [event for event in named(events, "evaluation") if "test set" not in event.get("prefix", "")]
     points = []
     for _, group in itertools.groupby(chosen, key=lambda event: event["iteration"]):
-        same = [_point(event, offset_s) for event in group]
+        same = [_point(event) for event in group]
         points.append(same[0]._replace(loss=fmean(point.loss for point in same)))
     return points
 

@@ -17,6 +17,7 @@ import pytest
 
 from examples.gpt import demo, demo_corpus, demo_report
 from lab import processes
+from paci_megatron.telemetry import speed
 from tests.conftest import MegatronDefaults
 
 LOG_INTERVAL, EVAL_INTERVAL, TRAIN_ITERS = 2, 8, 16
@@ -102,16 +103,16 @@ def test_standard_library_is_a_corpus() -> None:
 
 
 def test_steady_intervals_lie_strictly_between_drains(runs: dict[str, list[dict[str, Any]]]) -> None:
-    steady = demo_report.steady_intervals(runs["paci"])
+    steady = speed.steady_intervals(runs["paci"])
     # Drains after 8 and 16; the interval from 1 to 2 follows the start.
     assert [(i.start, i.end) for i in steady] == [(2, 4), (4, 6), (10, 12), (12, 14)]
-    assert demo_report.tokens_per_second(runs["paci"]) == pytest.approx(TOKENS / 0.210)
+    assert speed.tokens_per_second(runs["paci"]) == pytest.approx(TOKENS / 0.210)
 
 
 def test_no_steady_interval_is_an_error(runs: dict[str, list[dict[str, Any]]]) -> None:
     start = [event for event in runs["paci"] if event["iteration"] <= 2]
     with pytest.raises(ValueError, match="more iterations"):
-        demo_report.tokens_per_second(start)
+        speed.tokens_per_second(start)
 
 
 def test_summary_has_the_contracts_keys_and_values(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -184,7 +185,7 @@ def test_intervals_leave_a_steady_state(train_iters: int) -> None:
     ]
     drains = range(settings.eval_interval, train_iters + 1, settings.eval_interval)
     events += [{"event": "drain", "iteration": drain} for drain in drains]
-    steady = demo_report.steady_intervals(events)
+    steady = speed.steady_intervals(events)
     assert sum(i.end - i.start for i in steady) >= train_iters / 4
     if train_iters == demo.TRAIN_ITERS:
         assert sum(i.end - i.start for i in steady) >= 0.7 * train_iters
