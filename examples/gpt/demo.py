@@ -27,6 +27,7 @@ from examples.gpt.demo_report import NAMES, SCHEDULES, plot_curves, summarize, t
 from lab import processes
 from lab.processes import ROOT
 from paci_megatron.telemetry.metrics_file import read_metrics
+from paci_megatron.telemetry.run_report.page import write_report
 
 TRAIN_ITERS = 840
 # Evaluations divide training into this many periods of so many log intervals. The first and the last log interval of a
@@ -237,6 +238,7 @@ def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
     summary = summarize(runs, settings.num_stages, settings.microbatches_per_update)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     plot_curves(runs, summary, output / "curves.png")
+    write_report([(NAMES[schedule], path) for schedule, path in metrics.items()], output / "report.html")
     return summary
 
 
@@ -291,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\ndemo.py: interrupted", file=sys.stderr)
         return 130
     print(f"\n{table(summary)}\n")
-    for name in ("summary.json", "curves.png", "1f1b.jsonl", "paci.jsonl"):
+    for name in ("report.html", "summary.json", "curves.png", "1f1b.jsonl", "paci.jsonl"):
         print(f"{output / name}")
     print(f"done in {time.perf_counter() - begin_s:.0f} s")
     return 0

@@ -26,11 +26,19 @@ COMMANDS = {
         "plan": Command("plan", "simulate PACI and other schedules: speed, memory, drift; draw and balance a trace"),
     },
     "After training": {
+        "report": Command("report", "one page about runs: speed, losses, schedule, drift, memory, commands"),
         "plot": Command("plot", "curves of runs from their metrics files or TensorBoard folders"),
         "evaluate": Command("evaluate", "perplexity of a checkpoint on text or .bin/.idx, LAMBADA's accuracy"),
     },
 }
-EXTRAS = {"datasets": "data", "pyarrow": "data", "tqdm": "data", "matplotlib": "plot", "tensorboard": "tensorboard"}
+EXTRAS = {
+    "datasets": "data",
+    "pyarrow": "data",
+    "tqdm": "data",
+    "matplotlib": "plot",
+    "plotly": "plot",
+    "tensorboard": "tensorboard",
+}
 """The extra of this package that installs a module which only some commands need."""
 
 

@@ -17,7 +17,7 @@ from paci_megatron.simulate.advice import Scenario, advise, smallest_a
 from paci_megatron.simulate.comparison import aligned, choose_schedules, table
 from paci_megatron.simulate.costs import describe, parse_stage_ms
 from paci_megatron.simulate.engine import Costs, StageCosts
-from paci_megatron.telemetry.stage_times import measured_stages
+from paci_megatron.telemetry.stage_times import measured_stages, run_microbatches
 from paci_megatron.telemetry.timelines import ENDINGS, check_ending, write_timelines
 from paci_megatron.telemetry.trace_report import TraceReport, describe_balance
 from paci_megatron.usage import require
@@ -32,7 +32,7 @@ EPILOG = """\
 examples:
   %(prog)s --num-stages 8 --microbatches-per-update 4 8 16 --stage-ms 100:200
   %(prog)s --num-stages 4 --microbatches-per-update 8 --stage-ms 90:180 100:200 100:200 130:260 --latency-ms 5
-  %(prog)s --metrics runs/metrics.jsonl --run-microbatches-per-update 8 --microbatches-per-update 8 16
+  %(prog)s --metrics runs/metrics.jsonl --microbatches-per-update 8 16
   %(prog)s --num-stages 4 --microbatches-per-update 4 --stage-ms 100:200 --timeline schedules.html
   %(prog)s --trace runs/trace --timeline where_the_time_went.html
   %(prog)s --trace runs/trace --balance
@@ -79,7 +79,7 @@ def _add_costs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     costs.add_argument("--metrics", type=Path, metavar="RUN.jsonl", help="take the stages' times from a run's metrics file")
     costs.add_argument("--trace", type=Path, metavar="DIR", help="take the stages' times from a run's --paci-trace-dir")
-    costs.add_argument("--run-microbatches-per-update", type=int, metavar="A", help="what that run was made with")
+    costs.add_argument("--run-microbatches-per-update", type=int, metavar="A", help="what that run was made with (default: what its file says)")
     costs.add_argument("--update-ms", type=float, default=0, help="the optimizer step of a stage (default: 0)")
     costs.add_argument("--latency-ms", type=float, default=0, help="of a transfer between neighbours (default: 0)")
     costs.add_argument("--transfer-bytes", type=float, default=0, help="size of one activation between stages (default: 0)")
@@ -120,6 +120,7 @@ def _stages(options: argparse.Namespace, traced: tuple[StageCosts, ...]) -> tupl
         stages = traced
     elif options.metrics is not None:
         a, planned = options.run_microbatches_per_update, options.microbatches_per_update
+        a = run_microbatches(options.metrics) if a is None else a
         several = (
             "--metrics with several --microbatches-per-update: say with --run-microbatches-per-update which the run had"
         )

@@ -57,15 +57,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _named_paths(values: list[str]) -> list[tuple[str, Path]]:
     """(label, path) of each run. Without a label it is the path's last name, or more of it where two are the same."""
-    named = []
-    for value in values:
-        label, separator, rest = value.partition("=")
-        is_labelled = separator and not Path(value).exists()
-        named.append((label if is_labelled else None, Path(rest if is_labelled else value)))
+    named = [curves.named_path(value) for value in values]
     bare = [path for label, path in named if label is None]
-    names = [path.stem if len({other.stem for other in bare}) == len(bare) else str(path) for path in bare]
-    chosen = iter(names)
-    return [(next(chosen) if label is None else label, path) for label, path in named]
+    differ = len({path.stem for path in bare}) == len(bare)
+    return [((path.stem if differ else str(path)) if label is None else label, path) for label, path in named]
 
 
 def _look(options: argparse.Namespace) -> Look:

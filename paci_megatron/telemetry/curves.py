@@ -46,6 +46,12 @@ class Curve(NamedTuple):
     y: list[float]
 
 
+def named_path(value: str) -> tuple[str | None, Path]:
+    """The label, None if there is none, and the path of ``[LABEL=]PATH``."""
+    label, separator, rest = value.partition("=")
+    return (label, Path(rest)) if separator and not Path(value).exists() else (None, Path(value))
+
+
 def read_run(path: Path, label: str, seq_length: int | None = None) -> Run:
     """The run whose metrics ``path`` holds: a file of --paci-metrics-file, or a folder of --tensorboard-dir.
 

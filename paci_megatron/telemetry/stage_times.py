@@ -10,6 +10,12 @@ from paci_megatron.usage import require
 from .metrics_file import read_metrics
 
 
+def run_microbatches(path: Path) -> int | None:
+    """The run's micro-batches per update; None in a file of an earlier version, which does not say it."""
+    runs = [event["microbatches_per_update"] for event in read_metrics(path) if event.get("event") == "run"]
+    return int(runs[-1]) if runs else None
+
+
 def measured_stages(path: Path, microbatches_per_update: int, update_ms: float) -> list[StageCosts]:
     """The stages' costs from the drains of a run, as far as its meters know them: each stage's computing time, of which a
     third is taken as forward. The first drain is left out if there are more: the stretch before it contains the start.

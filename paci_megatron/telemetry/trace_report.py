@@ -89,18 +89,24 @@ class TraceReport:
 
         Returns which iterations it shows.
         """
-        first, last = self.first, self.last
-        if updates is not None and updates < last - first + 1:
-            first += (last - first + 1 - updates) // 2
-            last = first + updates - 1
+        first, last = self.middle(updates)
         timelines: Timelines = {
             "measured": self.stretch.spans(first, last),
-            "simulated": self._simulated(costs, first, last),
+            "simulated": self.simulated_spans(costs, first, last),
         }
         write_timelines(path, timelines, self.table(costs), slot_s=min(stage.forward_s for stage in costs.stages) / 2)
         return f"iterations {first} to {last}"
 
-    def _simulated(self, costs: Costs, first: int, last: int) -> list[list[Span]]:
+    def middle(self, updates: int | None) -> tuple[int, int]:
+        """The first and last of ``updates`` iterations in the middle of those reported, of all if there are no more."""
+        first, last = self.first, self.last
+        if updates is not None and updates < last - first + 1:
+            first += (last - first + 1 - updates) // 2
+            last = first + updates - 1
+        return first, last
+
+    def simulated_spans(self, costs: Costs, first: int, last: int) -> list[list[Span]]:
+        """For each stage its actions in these iterations as simulated, counted from when the first stage begins them."""
         begin, end = first - self.stretch.first, last - self.stretch.first + 1
         runs = self.simulation(costs).stages
         begin_s = min(run.marks[begin].end_s for run in runs)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from paci_megatron.telemetry.metrics_file import read_metrics
 from tests.support.helpers import PACI, GetPool, OneProcess, arguments, assert_same_bits, assert_same_weights, emulated, slow
 from tests.support.interruptions import Injection, Terminated
 from tests.support.pool import Pool
@@ -121,6 +122,8 @@ def test_fallback_is_flush_for_a_while(
     drains = re.findall(r'"event": "drain".*?"iteration": (\d+)', (tmp_path / "metrics").read_text())
     # Known to all after one more update, drained after the next, and then five times more.
     assert [int(n) for n in drains] == [27, 28, 29, 30, 31, 32, 36]
+    (fell,) = [event for event in read_metrics(tmp_path / "metrics") if event["event"] == "fallback"]
+    assert fell["iteration"] == 25 and "flushing as 1f1b from iteration 28, for 5 iterations" in fell["reason"]
     one = one_process(emulated(argv), within=spike)
     assert repr(processes[-1].losses) == repr(one.losses)
 

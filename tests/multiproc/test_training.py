@@ -68,7 +68,11 @@ def drains(pool: GetPool, corpus: str, path: Path, num_stages: int, a: int, inte
     """What each stage measured up to each drain of a run of 12 updates that drains after every ``interval``."""
     argv = arguments(corpus, num_stages, a, "--eval-interval", str(interval), iters=12)
     pool(num_stages).run("train", argv=[*argv, *PACI, "--paci-metrics-file", str(path)])
-    events = [event for event in read_metrics(path) if event["event"] == "drain"]
+    header, *events = read_metrics(path)
+    said = {"event": "run", "schedule": "paci", "iteration": 0, "num_stages": num_stages, "microbatches_per_update": a}
+    assert said.items() <= header.items() and f"schedule paci: {num_stages} stages" in " ".join(header["set_up"])
+    assert header["versions"].keys() >= {"paci-megatron", "megatron-core", "torch"} and header["command"]
+    events = [event for event in events if event["event"] == "drain"]
     assert [event["iteration"] for event in events] == list(range(interval, 13, interval))
     return events
 

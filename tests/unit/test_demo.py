@@ -295,4 +295,5 @@ def test_whole_demo_with_few_iterations(tmp_path: Path) -> None:
     assert [run["iterations"] for run in summary["schedules"].values()] == [demo.MIN_TRAIN_ITERS] * 2
     assert summary["schedules"]["paci"]["max_drift"] == 1
     assert (output / "curves.png").stat().st_size > 10_000
+    assert "PACI, iterations" in (output / "report.html").read_text(encoding="utf-8"), "its trace is shown"
     assert "speed-up" in finished.stdout

@@ -117,6 +117,7 @@ ANSWERS = {
     "preprocess": ("--input none.txt --output-prefix x --train-tokenizer --vocab-size 300", 2, "none.txt: no such file"),
     "evaluate": ("--input x --load no/folder", 2, "--load no/folder: no such folder"),
     "plot": ("none.jsonl --output x.png", 2, "none.jsonl: no such file or folder"),
+    "report": ("none.jsonl --output x.html", 2, "none.jsonl: no such file or folder"),
     "plan": ("--num-stages 2 --microbatches-per-update 2 --stage-ms 1:2", 0, "2 stages, 2 micro-batches per update"),
 }
 COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]

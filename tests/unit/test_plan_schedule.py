@@ -166,6 +166,9 @@ def test_stage_times_from_a_runs_meters(tmp_path: Path, capsys: pytest.CaptureFi
     assert measured_stages(only, 4, 0)[0].backward_s == pytest.approx(100 * 0.1 / 5 / 4 * 2 / 3)
     out = run(f"--metrics {path} --microbatches-per-update 8 --run-microbatches-per-update 4 --update-ms 200", capsys)
     assert "2 stages, 8 micro-batches per update" in out and "133.3:266.7:133.3 266.7:533.3:266.7" in out
+    header = {"event": "run", "iteration": 0, "microbatches_per_update": 4}
+    path.write_text(f"{json.dumps(header)}\n{path.read_text()}")
+    assert run(f"--metrics {path} --microbatches-per-update 8 --update-ms 200", capsys) == out, "the file says it"
 
 
 def test_stage_times_in_text() -> None:
