@@ -79,7 +79,12 @@ def _add_costs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     costs.add_argument("--metrics", type=Path, metavar="RUN.jsonl", help="take the stages' times from a run's metrics file")
     costs.add_argument("--trace", type=Path, metavar="DIR", help="take the stages' times from a run's --paci-trace-dir")
-    costs.add_argument("--run-microbatches-per-update", type=int, metavar="A", help="what that run was made with (default: what its file says)")
+    costs.add_argument(
+        "--run-microbatches-per-update",
+        type=int,
+        metavar="A",
+        help="what that run was made with (default: what its file says)",
+    )
     costs.add_argument("--update-ms", type=float, default=0, help="the optimizer step of a stage (default: 0)")
     costs.add_argument("--latency-ms", type=float, default=0, help="of a transfer between neighbours (default: 0)")
     costs.add_argument("--transfer-bytes", type=float, default=0, help="size of one activation between stages (default: 0)")

@@ -14,13 +14,12 @@ from typing import Any
 import megatron.core
 import torch
 
-import paci_megatron
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.device import device_name
 
 from .describe import describe
 
-_OPTIONAL = ("transformer-engine", "apex", "flash-attn")
+_PACKAGES = ("paci-megatron", "transformer-engine", "apex", "flash-attn")
 
 
 def run_header(args: argparse.Namespace, microbatches_per_update: int, device: torch.device) -> dict[str, Any]:
@@ -30,14 +29,15 @@ def run_header(args: argparse.Namespace, microbatches_per_update: int, device: t
     the schedule does.
     """
     a, runs_plans = microbatches_per_update, args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
-    described = describe(PaciConfig.from_args(args), args.clip_grad, a) if runs_plans else []
+    config = PaciConfig.from_args(args) if runs_plans else None
+    described = describe(config, args.clip_grad, a) if config is not None else []
     return {
         "schedule": args.pipeline_schedule,
         "iteration": args.iteration,
         "num_stages": args.pipeline_model_parallel_size,
         "emulated": args.paci_emulate_stages is not None,
         "microbatches_per_update": a,
-        "extra_in_flight": args.paci_extra_in_flight,
+        "slack": config.slack if config is not None else (),
         "weight_policy": args.paci_weight_policy,
         "clip_grad": args.clip_grad,
         "clip_mode": args.paci_clip_mode,
@@ -71,12 +71,11 @@ def launch_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 def versions() -> dict[str, str]:
     """Of what decides a run's results and speed, by name."""
     found = {
-        "paci-megatron": paci_megatron.__version__,
         "megatron-core": megatron.core.__version__,
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }
-    for name in _OPTIONAL:
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

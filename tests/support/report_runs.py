@@ -24,7 +24,7 @@ def header(schedule: str, after: int = 0, **changed: Any) -> dict[str, Any]:
     """What a process says first that starts after ``after`` iterations."""
     fields = {
         **{"schedule": schedule, "iteration": after, "num_stages": N, "emulated": False, "microbatches_per_update": A},
-        **{"extra_in_flight": 0, "weight_policy": "latest", "clip_grad": 1.0, "clip_mode": "global", "micro_batch_size": 8},
+        **{"slack": [], "weight_policy": "latest", "clip_grad": 1.0, "clip_mode": "global", "micro_batch_size": 8},
         **{"seq_length": 128, "data_parallel_size": 1, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
         **{"train_iters": ITERATIONS, "trace_dir": None, "device": "CPU", "folder": "/home/me/runs"},
         "command": f"torchrun --nproc-per-node {N} pretrain_gpt_paci.py --lr 1e-3 --pipeline-schedule {schedule}",

@@ -190,13 +190,21 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;img&gt;&amp;&lt;/script&gt;") > 10
 
 
-def test_further_figures_of_drift_are_shown(tmp_path: Path) -> None:
+def test_drift_in_units_of_weights_is_shown_where_it_was_measured(both: str, tmp_path: Path) -> None:
+    assert len(data_of(both)["drift"]["Drift"]) == 2
     events = made.training("paci")
     for event in events:
         for stage in event.get("stages", ()):
-            stage["weight_drift"] = 0.5 * stage["mean_drift"]
+            stage |= {"max_weight_change": 0.01 * event["iteration"], "mean_weight_change": 0.5 * stage["mean_drift"]}
     page = page_of(tmp_path, made.write_events(tmp_path / "run.jsonl", events))
-    assert traces(page, "drift", 2)["PACI"]["y"] == [0.5 * (made.N - 1 - stage) / made.A for stage in range(made.N)]
+    assert traces(page, "drift", 2)["PACI"]["y"] == [0.01 * made.ITERATIONS] * made.N
+    assert traces(page, "drift", 3)["PACI"]["y"] == [0.5 * (made.N - 1 - stage) / made.A for stage in range(made.N)]
+
+
+def test_bounds_know_the_slack_of_the_links(tmp_path: Path) -> None:
+    events = made.training("paci", slack=[0, 4, 0])
+    page = page_of(tmp_path, made.write_events(tmp_path / "run.jsonl", events))
+    assert traces(page, "drift")["bound"]["y"] == [2, 2, 1, 0]
 
 
 def test_large_runs_stay_small_pages(tmp_path: Path) -> None:

@@ -14,11 +14,6 @@ from paci_megatron.telemetry.speed import log_intervals, steady_intervals
 
 from .runs import ReportedRun
 
-KNOWN_STAGE_FIGURES = frozenset(
-    {"stage_index", "updates", "skipped_updates", "max_drift", "mean_drift", "max_in_flight", "bubble_fraction"}
-    | {"host_bound_fraction", "wall_s", "copied_weight_bytes"}
-)
-
 
 class Speed(NamedTuple):
     """Tokens a second, and whether the time between two drains alone is counted, where the pipeline is full."""
@@ -102,16 +97,6 @@ def mean_by_stage(run: ReportedRun, name: str, weight: str) -> list[float]:
         total = sum(stage[weight] for stage in known)
         means.append(sum(stage[name] * stage[weight] for stage in known) / total if total else math.nan)
     return means
-
-
-def weight_drifts(run: ReportedRun) -> list[str]:
-    """Further figures of drift that the stages have measured, such as in units of the weights; by their names."""
-    names = {name for drain in run.drains for stage in drain for name, value in stage.items() if _is_number(value)}
-    return sorted(name for name in names - KNOWN_STAGE_FIGURES if "drift" in name)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def sums_by_stage(run: ReportedRun, name: str) -> list[int]:

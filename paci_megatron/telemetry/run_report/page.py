@@ -11,8 +11,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import paci_megatron
-
 from . import figures, stage_figures
 from .figures import Figure
 from .headline import headline, runs_table
@@ -76,7 +74,6 @@ def render(runs: Sequence[ReportedRun]) -> str:
         data=_json(data),
         plotly=get_plotlyjs(),
         script=own.joinpath("page.js").read_text(encoding="utf-8"),
-        version=html.escape(paci_megatron.__version__),
     )
 
 

@@ -78,7 +78,7 @@ class ReportedRun:
             return None
         if self.schedule != "paci":
             return [0] * n
-        return [max_drift(stage, n, a, self.header.get("extra_in_flight", 0)) for stage in range(n)]
+        return [max_drift(stage, n, a, self.header.get("slack", ())) for stage in range(n)]
 
 
 def read_runs(named_paths: Sequence[tuple[str | None, Path]]) -> list[ReportedRun]:

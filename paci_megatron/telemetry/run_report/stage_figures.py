@@ -9,7 +9,7 @@ from paci_megatron.schedule.schedules import max_in_flight
 from paci_megatron.simulate.engine import Costs
 
 from .figures import Figure, Plot, plain, plot
-from .measures import by_stage, mean_by_stage, memory_by_stage, promised_bubble, weight_drifts
+from .measures import by_stage, mean_by_stage, memory_by_stage, promised_bubble
 from .runs import ReportedRun
 
 _PARTS = ("forward", "backward", "update", "transfers", "waiting", "other")
@@ -119,8 +119,9 @@ def drift(runs: Sequence[ReportedRun]) -> Figure:
         "drift",
         "Drift of each stage against its bound",
         "Drift is how many updates a stage has made between a micro-batch's forward and its backward. Left: the largest "
-        "that was measured; the strokes are ceil((N-1-s)/a), which the schedule guarantees. Right: the mean; the strokes "
-        "are (N-1-s)/a, that of a full pipeline.",
+        "that was measured; the strokes are ceil((N-1-s)/a), which the schedule guarantees. Beside it the mean; the strokes "
+        "are (N-1-s)/a, that of a full pipeline. In units of weights it is how far a stage's weights have gone meanwhile, as "
+        "a share of the weights.",
         height=280,
     )
     largest: list[Plot] = []
@@ -140,8 +141,7 @@ def drift(runs: Sequence[ReportedRun]) -> Figure:
             mean.append(marks(index, "bound", _full_pipeline(run), "%{y:.4g} updates when full"))
     whole = {"rangemode": "tozero", "dtick": 1 if _largest(largest) < 8 else None}
     plots = [plot(largest, "", "largest (updates)", yaxis=whole), plot(mean, "", "mean (updates)")]
-    plots += [_weight_drift(runs, name) for name in sorted({name for run in runs for name in weight_drifts(run)})]
-    figure.variants["Drift"] = [_grouped(drawn) for drawn in plots] if largest else []
+    figure.variants["Drift"] = [_grouped(drawn) for drawn in [*plots, *_weight_changes(runs)]] if largest else []
     return figure
 
 
@@ -150,17 +150,32 @@ def _largest(data: Sequence[Plot]) -> float:
 
 
 def _full_pipeline(run: ReportedRun) -> list[float]:
-    n, a, extra = run.num_stages or 0, run.microbatches_per_update or 1, run.header.get("extra_in_flight", 0)
-    return [(max_in_flight(stage, n, extra) - 1) / a for stage in range(n)]
+    n, a, slack = run.num_stages or 0, run.microbatches_per_update or 1, run.header.get("slack", ())
+    return [(max_in_flight(stage, n, slack) - 1) / a for stage in range(n)]
 
 
-def _weight_drift(runs: Sequence[ReportedRun], name: str) -> Plot:
-    data = [
-        bars(index, run.label, mean_by_stage(run, name, "updates"), f"{name.replace('_', ' ')} %{{y:.4g}}")
-        for index, run in enumerate(runs)
-        if name in weight_drifts(run)
+def _weight_changes(runs: Sequence[ReportedRun]) -> list[Plot]:
+    """Drift in units of weights, where the runs have measured it."""
+    known = [
+        (index, run) for index, run in enumerate(runs) if run.schedule == "paci" and _measures(run, "max_weight_change")
     ]
-    return plot(data, "", name.replace("_", " "))
+    if not known:
+        return []
+    largest = [
+        bars(index, run.label, by_stage(run, "max_weight_change"), "weights change by %{y:.3%} at most")
+        for index, run in known
+    ]
+    mean = [
+        bars(index, run.label, mean_by_stage(run, "mean_weight_change", "updates"), "weights change by %{y:.3%} on average")
+        for index, run in known
+    ]
+    share = {"tickformat": ".2~%", "rangemode": "tozero"}
+    return [plot(largest, "", "largest (of the weights)", yaxis=share), plot(mean, "", "mean (of the weights)", yaxis=share)]
+
+
+def _measures(run: ReportedRun, name: str) -> bool:
+    """Whether every stage has this figure at every drain: a file of an earlier version may lack it."""
+    return bool(run.drains) and all(stage.get(name) is not None for drain in run.drains for stage in drain)
 
 
 def memory(runs: Sequence[ReportedRun]) -> Figure:
@@ -178,15 +193,11 @@ def memory(runs: Sequence[ReportedRun]) -> Figure:
             figure.notes.append(f"{run.label}: no memory was counted (activations under PACI, the rest on GPUs).")
         elif "saved_activation_bytes" not in kinds:
             figure.notes.append(f"{run.label}: activations are counted under PACI only.")
-    copies = [by_stage(run, "copied_weight_bytes") if run.drains and _counts_copies(run) else [] for run in runs]
+    copies = [by_stage(run, "copied_weight_bytes") if _measures(run, "copied_weight_bytes") else [] for run in runs]
     plots = [_memory_plot(runs, title, [kinds.get(name, []) for kinds in held]) for name, title in _MEMORY.items()]
     plots.append(_memory_plot(runs, "copies of older weights", [each if any(each) else [] for each in copies]))
     figure.variants["Memory"] = [drawn for drawn in plots if drawn["data"]]
     return figure
-
-
-def _counts_copies(run: ReportedRun) -> bool:
-    return all("copied_weight_bytes" in stage for drain in run.drains for stage in drain)
 
 
 def _memory_plot(runs: Sequence[ReportedRun], title: str, held: Sequence[Sequence[float | None]]) -> Plot:
