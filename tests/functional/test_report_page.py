@@ -149,11 +149,15 @@ def test_colours_follow_the_theme_and_paper_is_light(page: Any) -> None:
     page.wait_for_timeout(200)
     light = first_line()
     assert light != dark
+    page.emulate_media(color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(color_scheme="dark", media="print")
     page.wait_for_timeout(200)
     assert first_line() == light
     assert page.evaluate("getComputedStyle(document.body).color") != dark_page
     assert contrast(page, ".caption", "section:not(.tiles)") >= 4.5
+    assert page.evaluate("Math.max(...[...document.querySelectorAll('.plot')].map((plot) => plot.scrollWidth))") <= 700
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.emulate_media(color_scheme="light", media="screen")
 
 

@@ -24,7 +24,7 @@ def assert_is_the_plan(trace: list[Stretch], num_stages: int, a: int) -> None:
     """Two stretches, each action of each once and in order, with times that fit together."""
     assert [(stretch.first, stretch.last) for stretch in trace] == [(1, DRAIN), (DRAIN + 1, ITERATIONS)]
     for stretch in trace:
-        plans = plans_of(num_stages, a, stretch.last - stretch.first + 1)
+        plans = plans_of(num_stages, a, stretch.last - stretch.first + 1, gradients_ahead=True)
         for stage, plan in zip(stretch.stages, plans, strict=True):
             assert [traced.action for traced in stage.actions] == plan
             update = stretch.first

@@ -75,7 +75,7 @@ def test_stage_figures_are_the_metrics_and_the_bounds_the_schedules(both: str) -
     bubble = traces(both, "bubble")
     assert bubble["PACI"]["y"] == pytest.approx([0.08 + stage / 100 for stage in range(n)])
     clipped = sum(4 / i > 1 for i in range(made.LOG, made.ITERATIONS + 1, made.LOG))
-    assert f"PACI --clip-grad 1.0, global {clipped} of 12 0 1 0 0 none" in text_of(both)
+    assert f"PACI --clip-grad 1.0, global {clipped} of 12 1 on stage 1 none" in text_of(both)
 
 
 def test_headline_is_what_the_metrics_say(both: str) -> None:
@@ -86,7 +86,7 @@ def test_headline_is_what_the_metrics_say(both: str) -> None:
     promised = (made.N - 1) / (made.A * made.EVAL + made.N - 1)
     assert f"promised by the order alone: {flush:.1%} 1F1B-flush, {promised:.1%} PACI" in text
     assert "46.4% 1F1B-flush 9.5% PACI" in text, "the mean over stages and time"
-    assert "Largest drift 1 updates, PACI bound: 1" in text
+    assert "Largest drift 1 update, PACI bound: 1" in text
     final = [math.exp(made.loss_of(made.ITERATIONS, schedule) + 0.1) for schedule in ("1f1b", "paci")]
     assert f"Final perplexity {final[0]:.2f} 1F1B-flush {final[1]:.2f} PACI on validation data, after 48 iterations" in text
 

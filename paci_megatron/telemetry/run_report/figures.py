@@ -43,7 +43,7 @@ class Figure:
 
 def plot(data: list[Plot], x: str, y: str, **layout: Any) -> Plot:
     """A plot with these traces and titles of the axes."""
-    axes: Plot = {"xaxis": {"title": {"text": x}} if x else {"showgrid": False}, "yaxis": {"title": {"text": y}}}
+    axes: Plot = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     for name, more in layout.items():
         axes[name] = {**axes.get(name, {}), **more} if isinstance(more, dict) else more
     return {"data": data, "layout": axes}
@@ -144,10 +144,12 @@ def throughput(runs: Sequence[ReportedRun]) -> Figure:
         ends = [0, max(run.iterations for run in runs)]
         dashed = {"color": f"@run-{at}", "width": 1.5, "dash": "dash"}
         data.append(line(at, name, ends, [limit, limit], line=dashed, hovertemplate=template))
-        figure.caption += (
-            f" The dashed line is what {comparison.run.label} could reach at most: (a+N-1)/a of the speed of "
-            f"{comparison.baseline.label}, with N = {n} stages and a = {a} micro-batches per update."
+        said = (
+            f" Dashed is what PACI could reach at most: (a+N-1)/a of the speed of {comparison.baseline.label}, here with "
+            f"N = {n} stages and a = {a} micro-batches per update."
         )
+        if said not in figure.caption:
+            figure.caption += said
     if data and not any("dash" in trace["line"] for trace in data):
         figure.notes.append(
             "No limit is drawn: it needs a run of 1F1B-flush with as many stages and micro-batches per update beside one "

@@ -52,13 +52,17 @@ def _bubble(runs: Sequence[ReportedRun]) -> str:
 
 def _drift(runs: Sequence[ReportedRun]) -> str:
     drifting = [run for run in runs if run.schedule == "paci" and run.drains]
-    values = [(f"{max(by_stage(run, 'max_drift')):g}", f"updates, {run.label}") for run in drifting]
+    values = [_updates(max(by_stage(run, "max_drift")), run.label) for run in drifting]
     bounds = [bounds for run in drifting if (bounds := run.drift_bounds()) is not None]
     if not drifting:
         more = "1F1B-flush has none" if all(run.schedule == "1f1b" for run in runs) else "not known before a drain"
         return _tile("Largest drift", [(_NONE, "")], more)
     more = f"bound: {' or '.join(dict.fromkeys(str(max(each)) for each in bounds))}" if bounds else "The bound needs a."
     return _tile("Largest drift", values, more)
+
+
+def _updates(drift: float, label: str) -> tuple[str, str]:
+    return f"{drift:g}", f"{'update' if drift == 1 else 'updates'}, {label}"
 
 
 def _perplexity(runs: Sequence[ReportedRun]) -> str:
@@ -85,7 +89,8 @@ def runs_table(runs: Sequence[ReportedRun]) -> str:
         for name in columns[0]
     )
     table = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<section id="runs" aria-label="The runs"><div class="scroll" tabindex="0">{table}</div></section>'
+    inside = f'<div class="scroll" tabindex="0" role="region" aria-label="In numbers">{table}</div>'
+    return f'<section id="runs" aria-label="The runs">{inside}</section>'
 
 
 def _column(run: ReportedRun) -> dict[str, str]:

@@ -4,7 +4,7 @@
 const FIGURES = JSON.parse(document.getElementById("figures").textContent);
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 const NARROW = matchMedia("(max-width: 640px)");
-const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
+const CONFIG = { displayModeBar: false, scrollZoom: false };
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -45,7 +45,8 @@ function chosen(name) {
 function draw(name) {
   chosen(name).forEach((plot, number) => {
     const place = document.getElementById(`${name}-${number}`);
-    Plotly.react(place, coloured(plot.data), layoutOf(plot, name), CONFIG);
+    const size = { width: place.clientWidth, height: place.clientHeight };
+    Plotly.react(place, coloured(plot.data), { ...layoutOf(plot, name), ...size }, CONFIG);
   });
 }
 
@@ -176,5 +177,17 @@ if (FULL) {
   listen();
 }
 document.querySelectorAll(".choice input").forEach((radio) => radio.addEventListener("change", () => draw(radio.name)));
-for (const query of [DARK, NARROW, matchMedia("print")]) query.addEventListener("change", drawAll);
+for (const query of [DARK, NARROW]) query.addEventListener("change", drawAll);
+// On paper: light, and as wide as paper before the browser measures the pages.
+const paper = (isPaper) => {
+  document.documentElement.classList.toggle("paper", isPaper);
+  drawAll();
+};
+addEventListener("beforeprint", () => paper(true));
+addEventListener("afterprint", () => paper(false));
+let later = 0;
+addEventListener("resize", () => {
+  clearTimeout(later);
+  later = setTimeout(drawAll, 100);
+});
 document.documentElement.dataset.drawn = "yes";

@@ -95,7 +95,7 @@ def _colours(runs: Sequence[ReportedRun]) -> str:
     others, fixed = iter(_OTHERS * len(runs)), {"1f1b": _FLUSH, "paci": _PACI}
     pairs = [fixed.pop(run.schedule) if run.schedule in fixed else next(others) for run in runs]
     light, dark = ("".join(f"--run-{i}:{pair[theme]};" for i, pair in enumerate(pairs)) for theme in (0, 1))
-    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root:not(.paper){{{dark}}}}}"
 
 
 def _head(runs: Sequence[ReportedRun], title: str, shown: Sequence[Figure]) -> str:
@@ -177,21 +177,22 @@ def _gradients(runs: Sequence[ReportedRun]) -> str:
         above = sum(norm > clip for _, norm in logged) if clip else 0
         how = f", {run.header['clip_mode']}" if run.schedule == "paci" and clip else ""
         clipping = {None: "not said in its metrics file", 0: "none"}.get(clip, f"--clip-grad {clip}{how}")
-        skipped = " ".join(map(str, sums_by_stage(run, "skipped_updates"))) if run.drains else "not known before a drain"
+        counts = sums_by_stage(run, "skipped_updates")
+        skipped = ", ".join(f"{count} on stage {stage}" for stage, count in enumerate(counts) if count) or "none"
+        skipped = skipped if run.drains else "not known before a drain"
         falls = [event for event in run.events if event["event"] == "fallback"]
         said = "<br>".join(html.escape(event["reason"]) for event in falls) or "none"
         seen = f"{above:,} of {len(logged):,}" if logged and clip else "no norms" if clip else "0"
         cells = (html.escape(run.label), html.escape(clipping), seen, skipped, said)
         rows.append("<tr><th scope='row'>{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>".format(*cells))
-    heads = ("run", "clipping", "logged norms above it", "skipped updates, by stage", "fallbacks to 1F1B-flush")
-    return _table(heads, rows)
+    heads = ("run", "clipping", "logged norms above it", "skipped updates", "fallbacks to 1F1B-flush")
+    return _table("Clipping in numbers", heads, rows)
 
 
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+def _table(name: str, heads: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
 
 
 def _set_up(runs: Sequence[ReportedRun]) -> str:

@@ -107,7 +107,11 @@ def metrics_files(path: Path) -> list[Path]:
         raise ValueError(f"{path}: no such file or folder; name a metrics file, or a folder that holds one")
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.glob("*.jsonl")) if not _TRACE.fullmatch(file.name) and _is_ours(file)]
+    found = [
+        file
+        for file in sorted(path.glob("*.jsonl"), key=lambda file: file.stem)
+        if not _TRACE.fullmatch(file.name) and _is_ours(file)
+    ]
     if not found:
         raise ValueError(f"{path}: no metrics file in it; name a file that --paci-metrics-file has written, or its folder")
     return found

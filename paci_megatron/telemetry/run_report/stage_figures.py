@@ -22,23 +22,23 @@ _MEMORY = {
 
 
 def _stages(count: int) -> list[str]:
-    return [f"stage {stage}" for stage in range(count)]
+    return [str(stage) for stage in range(count)]
 
 
 def bars(index: int, name: str, values: Sequence[float | None], template: str, **more: Any) -> Plot:
     """A bar a stage, of the run with this index."""
     return {
         **{"type": "bar", "name": plain(name), "x": _stages(len(values)), "y": list(values), "offsetgroup": str(index)},
-        **{"marker": {"color": f"@run-{index}"}, "hovertemplate": f"%{{x}}: {template}", **more},
+        **{"marker": {"color": f"@run-{index}"}, "hovertemplate": f"stage %{{x}}: {template}", **more},
     }
 
 
 def marks(index: int, name: str, values: Sequence[float], template: str) -> Plot:
     """A stroke a stage, over its bar: what the figure is held against."""
-    stroke = {"symbol": "line-ew", "size": 26, "line": {"width": 3, "color": "@text"}}
+    stroke = {"symbol": "line-ew", "line": {"width": 3, "color": "@text"}}
     return {
         **{"type": "scatter", "mode": "markers", "name": name, "x": _stages(len(values)), "y": list(values)},
-        **{"marker": stroke, "hovertemplate": f"%{{x}}: {template}", "offsetgroup": str(index)},
+        **{"marker": stroke, "hovertemplate": f"stage %{{x}}: {template}", "offsetgroup": str(index)},
     }
 
 
@@ -65,14 +65,19 @@ def bubble(runs: Sequence[ReportedRun]) -> Figure:
         else:
             data.append(marks(index, "promised", [promised] * len(shares), f"{promised:.1%} promised by the order alone"))
     shape = {"tickformat": ".0%", "rangemode": "tozero"}
-    figure.variants["Bubble"] = [_grouped(plot(data, "", "bubble", yaxis=shape))]
+    figure.variants["Bubble"] = [_grouped(plot(data, "stage", "bubble", yaxis=shape))]
     return figure
 
 
 def _grouped(drawn: Plot) -> Plot:
-    """Runs side by side, the strokes over the bars of their run. No bar is very broad."""
-    gap = max(0.25, 1 - 0.12 * max((len(trace["x"]) for trace in drawn["data"]), default=0))
+    """Runs side by side, the strokes over the bars of their run. No bar is very broad, and no stroke broader than a bar."""
+    stages = max((len(trace["x"]) for trace in drawn["data"]), default=1)
+    gap = max(0.25, 1 - 0.12 * stages)
     drawn["layout"] |= {"barmode": "group", "scattermode": "group", "bargap": gap, "scattergap": gap}
+    drawn["layout"]["xaxis"] |= {"type": "category", "showgrid": False}
+    strokes = [trace["marker"] for trace in drawn["data"] if trace.get("mode") == "markers"]
+    for marker in strokes:
+        marker["size"] = max(4, min(26, 320 // (stages * len(strokes))))
     return drawn
 
 
@@ -95,12 +100,12 @@ def time_by_stage(runs: Sequence[ReportedRun]) -> Figure:
             {
                 **{"type": "bar", "name": part, "x": _stages(len(stages)), "marker": {"color": f"@{part}"}},
                 **{"y": [1000 * stage[f"{part}_s"] for stage in stages]},
-                **{"hovertemplate": f"%{{x}}: %{{y:.4g}} ms {part}"},
+                **{"hovertemplate": f"stage %{{x}}: %{{y:.4g}} ms {part}"},
             }
             for part in _PARTS
         ]
         title = {"text": plain(f"{run.label}, iterations {run.trace.first} to {run.trace.last}")}
-        plots.append(plot(data, "", "ms an iteration", title=title))
+        plots.append(plot(data, "stage", "ms an iteration", title=title))
     most = max((_height(drawn) for drawn in plots), default=0.0)
     for drawn in plots:
         drawn["layout"]["yaxis"]["range"] = [0, most * 1.05]
@@ -140,7 +145,7 @@ def drift(runs: Sequence[ReportedRun]) -> Figure:
             largest.append(marks(index, "bound", bounds, "at most %{y} updates"))
             mean.append(marks(index, "bound", _full_pipeline(run), "%{y:.4g} updates when full"))
     whole = {"rangemode": "tozero", "dtick": 1 if _largest(largest) < 8 else None}
-    plots = [plot(largest, "", "largest (updates)", yaxis=whole), plot(mean, "", "mean (updates)")]
+    plots = [plot(largest, "stage", "largest (updates)", yaxis=whole), plot(mean, "stage", "mean (updates)")]
     figure.variants["Drift"] = [_grouped(drawn) for drawn in [*plots, *_weight_changes(runs)]] if largest else []
     return figure
 
@@ -170,7 +175,10 @@ def _weight_changes(runs: Sequence[ReportedRun]) -> list[Plot]:
         for index, run in known
     ]
     share = {"tickformat": ".2~%", "rangemode": "tozero"}
-    return [plot(largest, "", "largest (of the weights)", yaxis=share), plot(mean, "", "mean (of the weights)", yaxis=share)]
+    return [
+        plot(largest, "stage", "largest (of the weights)", yaxis=share),
+        plot(mean, "stage", "mean (of the weights)", yaxis=share),
+    ]
 
 
 def _measures(run: ReportedRun, name: str) -> bool:
@@ -208,4 +216,4 @@ def _memory_plot(runs: Sequence[ReportedRun], title: str, held: Sequence[Sequenc
         if values:
             shown = [None if value is None else value / unit for value in values]
             data.append(bars(index, run.label, shown, f"%{{y:.4g}} {name} {title}"))
-    return _grouped(plot(data, "", name, title={"text": title}))
+    return _grouped(plot(data, "stage", name, title={"text": title}))
