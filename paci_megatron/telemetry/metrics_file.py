@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,15 +91,20 @@ def _shown(line: bytes) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a metrics file in order; ``ValueError`` names the line that is not JSON.
+    """The events of a metrics file in order; see :func:`iter_metrics`."""
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: str | Path, is_wanted: Callable[[str], bool] = lambda line: True) -> Iterator[dict[str, Any]]:
+    """The events in the wanted lines of a metrics file, in order; ``ValueError`` names the line that is not JSON.
 
     A last line without its end, as a kill may leave it, is ignored.
     """
-    events = []
-    text = Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); every line must be one object") from error
-    return events
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n") or not is_wanted(line):
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); every line must be one object") from error

@@ -12,7 +12,7 @@ from typing import Any
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.simulate.engine import Span, StageCosts
 
-from .metrics_file import read_metrics
+from .metrics_file import iter_metrics
 
 EMBEDDING, LOSS, INPUT, OUTPUT = "embedding", "loss", "input", "output"
 """What comes before a stage's first layer and after its last: on the first stage the embedding, on the last one the final
@@ -142,17 +142,18 @@ def _spans(stage: StageStretch, first: int, last: int, begin_s: float) -> Iterat
         yield Span(traced.action, start_s, offset_s + traced.end_s, traced.waiting_s)
 
 
-def read_trace(folder: str | Path) -> list[Stretch]:
+def read_trace(folder: str | Path, enough: int | None = None) -> list[Stretch]:
     """The stretches between drains that the files of ``--paci-trace-dir`` hold, in order, without those that not all stages
-    have begun. Of an iteration that was traced again, after a kill, the last time counts.
+    have begun. Of an iteration that was traced again, after a kill, the last time counts. Of a long trace one stretch with
+    ``enough`` iterations is read, and no more than these.
 
     ``ValueError`` if there is no trace, or a stage's file is missing.
     """
-    first = read_stage(trace_path(folder, 0))
+    first = read_stage(trace_path(folder, 0), enough)
     if not first:
         raise ValueError(f"{folder}: {trace_path(folder, 0).name} holds no plan; trace a run with --paci-trace-dir")
     num_stages = next(reversed(first.values())).header["num_stages"]
-    stages = [first, *(read_stage(trace_path(folder, index)) for index in range(1, num_stages))]
+    stages = [first, *(read_stage(trace_path(folder, index), enough) for index in range(1, num_stages))]
     begun = set.intersection(*(set(stage) for stage in stages))
     stretches = [Stretch([stage[begin] for stage in stages]) for begin in first if begin in begun]
     return [stretch for stretch in stretches if {s.header["num_stages"] for s in stretch.stages} == {num_stages}]
@@ -166,19 +167,30 @@ def longest(stretches: Sequence[Stretch], folder: str | Path) -> Stretch:
     return max(complete, key=lambda stretch: stretch.last - stretch.first)
 
 
-def read_stage(path: Path) -> dict[int, StageStretch]:
-    """A stage's stretches by the iterations done before, in order. ``OSError`` if ``path`` cannot be read."""
+def read_stage(path: Path, enough: int | None = None) -> dict[int, StageStretch]:
+    """A stage's stretches by the iterations done before, in order; see :func:`read_trace` for ``enough``. ``OSError`` if
+    ``path`` cannot be read.
+    """
     stretches: dict[int, StageStretch] = {}
     current: StageStretch | None = None
-    for event in read_metrics(path):
+    full: int | None = None  # the beginning of a stretch that has enough
+    updates = 0  # of the current one
+
+    def is_wanted(line: str) -> bool:
+        is_more = updates == enough or (current is not None and full not in (None, current.begin))
+        return not is_more or line.startswith('{"event": "plan"')
+
+    for event in iter_metrics(path, is_wanted):
         if event["event"] == "plan":
-            current = StageStretch(event)
+            current, updates = StageStretch(event), 0
             stretches.pop(current.begin, None)
             stretches[current.begin] = current
         elif current is None:
             raise ValueError(f"{path}: begins with {event['event']!r}, not with a plan; it is not a trace")
         elif event["event"] == "action":
             current.actions.append(_traced(event))
+            updates += current.actions[-1].action.kind is Kind.UPDATE
+            full = current.begin if updates == enough else full
         elif event["event"] == "layers":
             current.layers.append(event)
     return stretches

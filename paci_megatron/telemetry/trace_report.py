@@ -24,12 +24,12 @@ from .trace_layers import layer_counts, measured_model
 class TraceReport:
     """Some iterations of a traced run."""
 
-    def __init__(self, folder: Path, iterations: str | None = None) -> None:
+    def __init__(self, folder: Path, iterations: str | None = None, enough: int | None = None) -> None:
         """Reads ``folder``, written by --paci-trace-dir, and of it the ``iterations`` FROM:TO or the longest stretch without
-        drain; ``UsageError`` if it does not hold them.
+        drain; ``UsageError`` if it does not hold them. Of a long trace ``enough`` iterations are read.
         """
         self.folder = folder
-        stretches = read_trace(folder)
+        stretches = read_trace(folder, enough)
         if iterations is None:
             self.stretch = longest(stretches, self.folder)
             # A run's first iteration contains its start.

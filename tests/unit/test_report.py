@@ -7,11 +7,13 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from paci_megatron.cli import main as cli
 from paci_megatron.cli.report import main
 from paci_megatron.schedule.schedules import flush_bubble_fraction, max_drift, speedup_limit
 from paci_megatron.telemetry.run_events import read_run_events
@@ -81,7 +83,8 @@ def test_stage_figures_are_the_metrics_and_the_bounds_the_schedules(both: str) -
 def test_headline_is_what_the_metrics_say(both: str) -> None:
     text = text_of(both)
     limit = speedup_limit(made.N, made.A)
-    assert f"Speed-up {made.SECONDS['1f1b'] / made.SECONDS['paci']:.2f}× over 1F1B-flush; at most {limit:.2f}×" in text
+    speedup = made.SECONDS["1f1b"] / made.SECONDS["paci"]
+    assert f"Speed-up {speedup:.2f}× over 1F1B-flush; the bubble alone is worth {limit:.2f}×" in text
     flush = flush_bubble_fraction(made.N, made.A)
     promised = (made.N - 1) / (made.A * made.EVAL + made.N - 1)
     assert f"promised by the order alone: {flush:.1%} 1F1B-flush, {promised:.1%} PACI" in text
@@ -229,6 +232,18 @@ def test_large_runs_stay_small_pages(tmp_path: Path) -> None:
 def test_thinned_points_are_means_and_end_where_the_run_does() -> None:
     assert measures.thin([(1.0, 2.0)], 2) == [(1.0, 2.0)]
     assert measures.thin([(float(i), 10.0 * i) for i in range(5)], 2) == [(1.0, 10.0), (4.0, 40.0)]
+
+
+def test_without_plotly_the_line_to_type_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made.write_events(tmp_path / "run.jsonl", made.training("paci"))
+    for name in [name for name in sys.modules if name.startswith("plotly.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)  # importing it fails as if it were not installed
+    assert cli.main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 2
+    message = "paci-megatron report: error: plotly is not installed: pip install 'paci-megatron[plot]'\n"
+    assert capsys.readouterr().err == message and not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize(

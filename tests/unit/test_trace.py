@@ -233,6 +233,16 @@ def test_a_kill_leaves_what_was_written_and_a_resumed_run_replaces_what_it_repea
     assert [len(stage.actions) for stage in resumed[1].stages] == [len(stage.actions) for stage in resumed[0].stages]
 
 
+def test_of_a_long_trace_enough_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for after in (0, UPDATES, 2 * UPDATES, 0):  # begun again at the end
+        record(tmp_path, simulated(), monkeypatch, after)
+    whole, part = read_trace(tmp_path), read_trace(tmp_path, enough=2)
+    assert [(s.first, s.last) for s in whole] == [(5, 8), (9, 12), (1, 4)]
+    assert [(s.first, s.last) for s in part] == [(5, 4), (9, 8), (1, 2)], "what was begun again is read again"
+    for stage, shorter in zip(whole[-1].stages, part[-1].stages, strict=True):
+        assert shorter.actions == stage.between(1, 2) and len(shorter.updates_s) == 3
+
+
 class Layer(torch.nn.Module):
     """A layer that takes some time in each direction."""
 

@@ -145,8 +145,9 @@ def throughput(runs: Sequence[ReportedRun]) -> Figure:
         dashed = {"color": f"@run-{at}", "width": 1.5, "dash": "dash"}
         data.append(line(at, name, ends, [limit, limit], line=dashed, hovertemplate=template))
         said = (
-            f" Dashed is what PACI could reach at most: (a+N-1)/a of the speed of {comparison.baseline.label}, here with "
-            f"N = {n} stages and a = {a} micro-batches per update."
+            f" Dashed is what the end of the bubble is worth: (a+N-1)/a of the speed of {comparison.baseline.label}, here "
+            f"with N = {n} stages and a = {a} micro-batches per update. 1F1B-flush stands still for transfers too, so PACI "
+            "may come out a little above."
         )
         if said not in figure.caption:
             figure.caption += said
@@ -180,5 +181,7 @@ def clipping(runs: Sequence[ReportedRun]) -> Figure:
         ends, style = [0, max(run.iterations for run in runs)], {"color": "@muted", "width": 1.5, "dash": "dash"}
         name = f"--clip-grad {limit:g}"
         data.append(line(0, name, ends, [limit, limit], line=style, hovertemplate=name))
-    figure.variants["Norms"] = [plot(data, "iteration", "gradient norm", yaxis={"type": "log"})]
+    values = [value for trace in data for value in trace["y"]]
+    axis = _log_axis(values) if values and max(values) > 1.5 * min(values) else {"rangemode": "tozero"}
+    figure.variants["Norms"] = [plot(data, "iteration", "gradient norm", yaxis=axis)]
     return figure

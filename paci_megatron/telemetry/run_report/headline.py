@@ -33,7 +33,7 @@ def _speedup(runs: Sequence[ReportedRun]) -> str:
         values = [(f"{known.tokens_per_s:,.0f}" if known else _NONE, "tokens/s")]
         return _tile("Throughput", values, "One run: give a second one, such as 1F1B-flush, to see the speed-up.")
     values = [(f"{each.speedup:.2f}×", each.run.label if compared[1:] else "") for each in compared]
-    limits = [f"at most {each.limit:.2f}× by the bubble" for each in compared if each.limit is not None]
+    limits = [f"the bubble alone is worth {each.limit:.2f}×" for each in compared if each.limit is not None]
     baseline = compared[0].baseline.label
     return _tile("Speed-up", values, f"over {baseline}" + (f"; {' or '.join(dict.fromkeys(limits))}" if limits else ""))
 

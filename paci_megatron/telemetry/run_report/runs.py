@@ -15,6 +15,8 @@ from paci_megatron.telemetry.run_events import Event, named, read_run_events
 from paci_megatron.telemetry.trace_report import TraceReport
 
 SCHEDULE_NAMES = {"1f1b": "1F1B-flush", "paci": "PACI"}
+MOST_TRACED = 200
+"""Iterations that are read of a trace: those of days would take minutes, and more memory than there is."""
 _TRACE = re.compile(r"stage-\d+\.jsonl")
 
 
@@ -142,6 +144,6 @@ def _read_trace(file: Path, events: Sequence[Event]) -> tuple[TraceReport | None
         where = f"its trace is not in {told} any more" if told else "it was not traced (--paci-trace-dir)"
         return None, where
     try:
-        return TraceReport(folder), ""
+        return TraceReport(folder, enough=MOST_TRACED), ""
     except (ValueError, KeyError, OSError) as error:
         return None, f"its trace cannot be used: {error}"
