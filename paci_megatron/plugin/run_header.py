@@ -35,6 +35,7 @@ def run_header(args: argparse.Namespace, microbatches_per_update: int, device: t
         "schedule": args.pipeline_schedule,
         "iteration": args.iteration,
         "num_stages": args.pipeline_model_parallel_size,
+        "chunks_per_stage": args.virtual_pipeline_model_parallel_size or 1,
         "emulated": args.paci_emulate_stages is not None,
         "microbatches_per_update": a,
         "slack": config.slack if config is not None else (),

@@ -23,7 +23,14 @@ SECONDS = {"1f1b": (A + N - 1) * 0.030 + 0.002, "paci": A * 0.030 + 0.004}
 def header(schedule: str, after: int = 0, **changed: Any) -> dict[str, Any]:
     """What a process says first that starts after ``after`` iterations."""
     fields = {
-        **{"schedule": schedule, "iteration": after, "num_stages": N, "emulated": False, "microbatches_per_update": A},
+        **{
+            "schedule": schedule,
+            "iteration": after,
+            "num_stages": N,
+            "chunks_per_stage": 1,
+            "emulated": False,
+            "microbatches_per_update": A,
+        },
         **{"slack": [], "weight_policy": "latest", "clip_grad": 1.0, "clip_mode": "global", "micro_batch_size": 8},
         **{"seq_length": 128, "data_parallel_size": 1, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
         **{"train_iters": ITERATIONS, "trace_dir": None, "device": "CPU", "folder": "/home/me/runs"},

@@ -94,6 +94,14 @@ def test_headline_is_what_the_metrics_say(both: str) -> None:
     assert f"Final perplexity {final[0]:.2f} 1F1B-flush {final[1]:.2f} PACI on validation data, after 48 iterations" in text
 
 
+def test_interleaved_chunks_are_less_bubble(tmp_path: Path) -> None:
+    flush = made.write_events(tmp_path / "flush.jsonl", made.training("1f1b", chunks_per_stage=2))
+    paci = made.write_events(tmp_path / "paci.jsonl", made.training("paci"))
+    text = text_of(page_of(tmp_path, flush, paci))
+    assert f"{(made.N - 1) / (2 * made.A + made.N - 1):.1%} 1F1B-flush" in text
+    assert f"the bubble alone is worth {(2 * made.A + made.N - 1) / (2 * made.A):.2f}×" in text
+
+
 def test_the_schedule_is_drawn_as_it_was_traced(both: str, tmp_path: Path) -> None:
     (drawn,) = data_of(both)["timeline"]["Timeline"]
     (run,) = read_runs([(None, tmp_path / "runs" / "paci.jsonl")])
@@ -220,15 +228,17 @@ def test_large_runs_stay_small_pages(tmp_path: Path) -> None:
         events.append({"event": "train", "schedule": "paci", **position, **figures, "grad_norm_iteration": at})
     path = made.write_events(tmp_path / "run.jsonl", events)
     made.write_trace(tmp_path / "run-trace", "paci", updates=4, num_stages=16, a=160)
-    page = page_of(tmp_path, path)
+    shutil.copy(path, other := tmp_path / "other.jsonl")
+    shutil.copytree(tmp_path / "run-trace", tmp_path / "other-trace")
+    page = page_of(tmp_path, path, other)
     assert (tmp_path / "report.html").stat().st_size < 8e6
-    points = traces(page, "losses", 1, "Training loss")["PACI"]
+    points = traces(page, "losses", 1, "Training loss")["run"]
     assert len(points["x"]) == 2000 and points["x"][-1] == 6_000 * made.TOKENS and points["y"][-1] == 3 + 1 / 6_000
     (drawn,) = data_of(page)["timeline"]["Timeline"]
-    for axis in ("y", "y2"):
+    for axis in ("y", "y2", "y3", "y4"):
         actions = [t for t in drawn["data"] if t["yaxis"] == axis and t["name"] != "waiting"]
-        assert 0 < sum(len(trace["x"]) for trace in actions) <= timeline.MOST_SPANS
-    assert f"as far as the first {timeline.MOST_SPANS:,} actions" in text_of(page)
+        assert 0 < sum(len(trace["x"]) for trace in actions) <= timeline.MOST_SPANS // 4
+    assert f"as far as the first {timeline.MOST_SPANS // 4:,} actions" in text_of(page)
 
 
 def test_thinned_points_are_means_and_end_where_the_run_does() -> None:

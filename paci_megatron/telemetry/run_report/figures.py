@@ -60,6 +60,11 @@ def line(index: int, name: str, x: Sequence[float], y: Sequence[float | None], *
     return {"type": "scatter", "mode": "lines", "name": plain(name), "x": list(x), "y": list(y), "line": style, **more}
 
 
+def _most_points(runs: Sequence[ReportedRun]) -> int:
+    """Of a line, so that a page of many runs stays small: 2000 of up to four."""
+    return 8000 // max(4, len(runs))
+
+
 _VARIANTS = {
     "Validation perplexity": ("validation", "perplexity", "validation perplexity"),
     "Validation loss": ("validation", "loss", "validation loss (nats per token)"),
@@ -98,7 +103,8 @@ def _loss_plot(runs: Sequence[ReportedRun], x: str, y: str, split: str, title: s
         unit, unit_name = plotting.time_unit(max(max(curve.x) for _, curve in drawn))
     data, values = [], []
     for index, curve in drawn:
-        points = thin([(at / unit, value) for at, value in zip(curve.x, curve.y, strict=True) if math.isfinite(value)])
+        finite = [(at / unit, value) for at, value in zip(curve.x, curve.y, strict=True) if math.isfinite(value)]
+        points = thin(finite, _most_points(runs))
         more: Plot = {"hovertemplate": f"%{{y:.5g}} after %{{x:.5s}} {unit_name or 'tokens'}"}
         if split == "validation":
             more |= {"mode": "lines+markers", "marker": {"symbol": index % 8, "size": 7}}
@@ -130,7 +136,7 @@ def throughput(runs: Sequence[ReportedRun]) -> Figure:
         if not points:
             figure.notes.append(f"{run.label}: no log line in its metrics file, so no throughput.")
             continue
-        thinned = thin(points)
+        thinned = thin(points, _most_points(runs))
         template = "%{y:,.0f} tokens/s up to iteration %{x:,.0f}"
         data.append(line(index, run.label, [x for x, _ in thinned], [y for _, y in thinned], hovertemplate=template))
     for comparison in compare(runs):
@@ -145,9 +151,9 @@ def throughput(runs: Sequence[ReportedRun]) -> Figure:
         dashed = {"color": f"@run-{at}", "width": 1.5, "dash": "dash"}
         data.append(line(at, name, ends, [limit, limit], line=dashed, hovertemplate=template))
         said = (
-            f" Dashed is what the end of the bubble is worth: (a+N-1)/a of the speed of {comparison.baseline.label}, here "
-            f"with N = {n} stages and a = {a} micro-batches per update. 1F1B-flush stands still for transfers too, so PACI "
-            "may come out a little above."
+            f" Dashed is what the end of the bubble is worth: {comparison.limit:.3g} times the speed of "
+            f"{comparison.baseline.label}, (a+N-1)/a with N = {n} stages and a = {a} micro-batches per update. 1F1B-flush "
+            "stands still for transfers too, so PACI may come out a little above."
         )
         if said not in figure.caption:
             figure.caption += said
@@ -170,7 +176,8 @@ def clipping(runs: Sequence[ReportedRun]) -> Figure:
     )
     data = []
     for index, run in enumerate(runs):
-        points = thin([(float(at), norm) for at, norm in norms(run) if math.isfinite(norm) and norm > 0])
+        known = [(float(at), norm) for at, norm in norms(run) if math.isfinite(norm) and norm > 0]
+        points = thin(known, _most_points(runs))
         if not points:
             figure.notes.append(f"{run.label}: no gradient norm in its metrics file; Megatron computes it to clip by it.")
             continue

@@ -34,7 +34,9 @@ def speed(run: ReportedRun) -> Speed | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside the baseline. ``limit`` is (a+N-1)/a where the two differ by the schedule alone, else None."""
+    """A run beside the baseline. ``limit`` is (va+N-1)/(va) where the two differ by the schedule alone, 1F1B-flush with v
+    chunks a stage, else None.
+    """
 
     run: ReportedRun
     baseline: ReportedRun
@@ -61,7 +63,7 @@ def _limit(run: ReportedRun, baseline: ReportedRun) -> float | None:
     same = (n, a) == (baseline.num_stages, baseline.microbatches_per_update)
     if n is None or a is None or not same or (run.schedule, baseline.schedule) != ("paci", "1f1b"):
         return None
-    return speedup_limit(n, a)
+    return speedup_limit(n, a * baseline.header.get("chunks_per_stage", 1))
 
 
 def measured_bubble(run: ReportedRun) -> float | None:
@@ -73,13 +75,14 @@ def measured_bubble(run: ReportedRun) -> float | None:
 
 def promised_bubble(run: ReportedRun) -> float | None:
     """The same by the schedule alone, were all stages equal and transfers free: (N-1)/(aU+N-1) of the U updates from drain
-    to drain, of one update under 1F1B-flush. None where N or a is not known.
+    to drain, of one update under 1F1B-flush, where each of v chunks a stage is a v-th of its time. None where N or a is not
+    known.
     """
     n, a = run.num_stages, run.microbatches_per_update
     if n is None or a is None or not run.drains:
         return None
     if run.schedule != "paci":
-        return flush_bubble_fraction(n, a)
+        return flush_bubble_fraction(n, a * run.header.get("chunks_per_stage", 1))
     full = [a * drain[0]["updates"] for drain in run.drains]
     return (n - 1) * len(full) / sum(slots + n - 1 for slots in full)
 
@@ -134,7 +137,7 @@ def norms(run: ReportedRun) -> list[tuple[int, float]]:
     return [(event.get("grad_norm_iteration") or event["iteration"], event["grad_norm"]) for event in logged]
 
 
-def thin(values: Sequence[tuple[float, ...]], most: int = 2000) -> list[tuple[float, ...]]:
+def thin(values: Sequence[tuple[float, ...]], most: int) -> list[tuple[float, ...]]:
     """``values`` themselves, or the means of as many neighbours as it takes for at most ``most`` points, and the last."""
     size = -(-len(values) // most)
     if size <= 1:

@@ -142,9 +142,10 @@ function addTools() {
     tools.append(button);
   }
   const hint = document.createElement("span");
-  Object.assign(hint, {
-    className: "hint", textContent: "Drag to zoom. By keyboard, in the picture: arrows go from action to action, + − 0 zoom.",
-  });
+  hint.className = "hint";
+  hint.textContent = NARROW.matches
+    ? "Tap an action to see what it is; zoom with the buttons."
+    : "Drag to zoom. By keyboard, in the picture: arrows go from action to action, + − 0 zoom.";
   tools.append(hint);
   const details = document.createElement("p");
   Object.assign(details, { className: "details", id: "details", textContent: "Point at an action to see what it is." });

@@ -17,8 +17,8 @@ from .figures import Figure, Plot, plain
 from .runs import ReportedRun
 
 MOST_ITERATIONS = 4
-MOST_SPANS = 5000
-"""Of a panel: what a browser still draws at once. A longer window is cut, which the page says."""
+MOST_SPANS = 10_000
+"""Of all panels: what a browser still draws at once, and a page has room for. A longer window is cut, which it says."""
 
 _BELOW_PX = 56
 _TOKENS = {
@@ -59,15 +59,16 @@ def timeline(runs: Sequence[ReportedRun]) -> Figure:
     figure.notes += [f"{run.label}: {run.no_trace}." for run in runs if run.trace is None]
     if not traced:
         return figure
-    shown = min(_iterations(trace) for _, trace in traced)
+    most = MOST_SPANS // (2 * len(traced))  # of a panel
+    shown = min(_iterations(trace, most) for _, trace in traced)
     panels = [panel for run, trace in traced for panel in _panels(run, trace, shown)]
     figure.caption += " Shown: " + "; ".join(
         f"{run.label}, iterations {first} to {last} of {run.iterations}"
         for run, (first, last) in ((run, trace.middle(shown)) for run, trace in traced)
     )
-    cut = [cut_panel(panel) for panel in panels]
+    cut = [_cut(panel, most) for panel in panels]
     if any(len(_spans(panel)) < len(_spans(whole)) for panel, whole in zip(cut, panels, strict=True)):
-        figure.caption += f", as far as the first {MOST_SPANS:,} actions"
+        figure.caption += f", as far as the first {most:,} actions"
     figure.caption += "."
     rows = [len(panel.stages) for panel in panels]
     row_px = 30 if sum(rows) <= 40 else 16
@@ -76,10 +77,10 @@ def timeline(runs: Sequence[ReportedRun]) -> Figure:
     return figure
 
 
-def _iterations(trace: TraceReport) -> int:
+def _iterations(trace: TraceReport, most: int) -> int:
     """How many iterations of the trace a panel has room for."""
     performed = sum(len(stage.between(trace.first, trace.first)) for stage in trace.stretch.stages)
-    return max(1, min(MOST_ITERATIONS, trace.last - trace.first + 1, MOST_SPANS // max(performed, 1)))
+    return max(1, min(MOST_ITERATIONS, trace.last - trace.first + 1, most // max(performed, 1)))
 
 
 def _panels(run: ReportedRun, trace: TraceReport, iterations: int) -> list[Panel]:
@@ -114,12 +115,12 @@ def _spans(panel: Panel) -> list[Span]:
     return [span for stage in panel.stages for span in stage]
 
 
-def cut_panel(panel: Panel) -> Panel:
-    """The panel up to where MOST_SPANS actions have begun."""
+def _cut(panel: Panel, most: int) -> Panel:
+    """The panel up to where ``most`` actions have begun."""
     spans = sorted(_spans(panel), key=lambda span: span.start_s)
-    if len(spans) <= MOST_SPANS:
+    if len(spans) <= most:
         return panel
-    end_s = spans[MOST_SPANS].start_s
+    end_s = spans[most].start_s
     return panel._replace(stages=[[span for span in stage if span.start_s < end_s] for stage in panel.stages])
 
 
