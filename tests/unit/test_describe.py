@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.plugin.describe import describe
+from paci_megatron.plugin.run_header import launch_command
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,14 @@ def test_schedule_and_clipping() -> None:
         "schedule 1f1b: 2 stages emulated in one process, 4 micro-batches per update",
         "clipping: none",
     ]
+
+
+def test_a_metrics_file_names_the_command_that_starts_the_run_again() -> None:
+    program = ["-m", "pretrain_gpt_paci", "--lr", "1e-3", "--data-path", "a b"]
+    argv = ["/usr/bin/python3", "-u", *program]
+    told = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
+    alone = launch_command(argv, told | {"WORLD_SIZE": "8"})
+    assert shlex.split(alone) == ["torchrun", "--nproc-per-node", "8", *program]
+    several = launch_command(argv, told | {"WORLD_SIZE": "32"})
+    assert shlex.split(several) == ["torchrun", "--nnodes", "4", "--nproc-per-node", "8", *program]
+    assert shlex.split(launch_command(argv, {})) == ["python", *program]
