@@ -3,8 +3,9 @@
 A plan is a stream of actions: ``F3`` is the forward of micro-batch 3, ``B3`` its backward, ``U2`` the second update.
 ``RF3``/``SF3`` receive and send the activation of micro-batch 3, ``RB3``/``SB3`` its gradient. ``R2`` and ``T2`` are the
 report before update 2 and the total of all stages' reports, see records.py. Micro-batches count from
-0 and updates from 1, so update k holds micro-batches (k-1)a .. ka-1. Schedules that PACI is compared with also split the
-backward (``I3`` the gradient of the input, ``W3`` that of the weights) or the stage into chunks (``F3.1`` on chunk 1).
+0 and updates from 1, so update k holds micro-batches (k-1)a .. ka-1. PACI-V, and schedules that PACI is compared with, split
+the stage into chunks (``F3.1`` is on chunk 1), others the backward (``I3`` is the gradient of the input, ``W3`` that of the
+weights).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _TEXT = re.compile(r"(RF|SF|RB|SB|[FBIWURT])(\d+)(?:\.([1-9]\d*))?")
 class Action:
     """One step of a stage. ``index`` is the micro-batch (from 0), or for UPDATE, REPORT and TOTAL the update (from 1).
 
-    ``chunk`` is the part of the stage's model, where a schedule has several; stage s then holds chunks s, N+s, 2N+s ...
+    ``chunk`` is the part of the stage's model, where a schedule has several: stage s holds parts s, N+s, 2N+s ..., in a V s
+    and 2N-1-s.
     """
 
     kind: Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .actions import Action, Kind, format_actions
+from .actions import Action, Kind, format_actions, shared_action
 from .records import record_lag
 from .schedules import max_drift, max_in_flight, sends_in_flight
 
@@ -22,6 +22,9 @@ def validate(
 ) -> None:
     """Check ``plans`` (one finite list of actions per stage, with transfers); ``PlanError`` says what is wrong.
 
+    Where actions have chunks, a plan is that of a process of a V, which holds two stages: chunk 1 of process r of N is stage
+    2N-1-r.
+
     Checked at every stage: micro-batches in order and each backward after its forward, in flight at most
     ``max_in_flight``, drift at most ``max_drift``, an update after every a-th backward, with the totals known that it may
     use, nothing in flight and nothing posted at the updates in ``drains``; and over all stages, that they run to their ends
@@ -31,9 +34,13 @@ def validate(
     sooner, so a plan that runs under these runs whichever of its actions need the whole device. Without
     ``resident_transfers`` a forward or backward waits for its own transfer only.
     """
-    for stage_index, plan in enumerate(plans):
-        _check_stage(plans, stage_index, plan, microbatches_per_update, slack, frozenset(drains))
-    _check_transfers(plans, slack, resident_transfers)
+    places = [(process, 0) for process in range(len(plans))]  # of each stage: process and chunk
+    if any(action.chunk for plan in plans for action in plan):
+        places += [(process, 1) for process in reversed(range(len(plans)))]
+    for stage_index, (process, chunk) in enumerate(places):
+        own = [shared_action(action.kind, action.index) for action in plans[process] if action.chunk == chunk]
+        _check_stage(plans, len(places), stage_index, own, microbatches_per_update, slack, frozenset(drains))
+    _check_transfers(plans, places, slack, resident_transfers)
 
 
 def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
@@ -43,13 +50,13 @@ def _fail(plans: Sequence[Sequence[Action]], message: str) -> PlanError:
 
 def _check_stage(
     plans: Sequence[Sequence[Action]],
+    num_stages: int,
     stage: int,
     plan: Sequence[Action],
     a: int,
     slack: Sequence[int],
     drains: frozenset[int],
 ) -> None:
-    num_stages = len(plans)
     cap, bound = max_in_flight(stage, num_stages, slack), max_drift(stage, num_stages, a, slack)
     done = dict.fromkeys(Kind, 0)
     forward_version: dict[int, int] = {}
@@ -94,38 +101,47 @@ def _check_stage(
         done[kind] += 1
 
 
-def _check_transfers(plans: Sequence[Sequence[Action]], slack: Sequence[int], resident: bool) -> None:
-    """Run all plans together, each action waiting for all that it might have to, and see that everyone reaches the end."""
-    num_stages = len(plans)
+def _is_free(posted: Sequence[dict[Kind, int]], places: Sequence[tuple[int, int]], stage: int) -> bool:
+    """Whether every transfer that the stage has posted, to or from another process, is complete."""
+    own, free = posted[stage], True
+    if stage > 0 and places[stage - 1][0] != places[stage][0]:
+        before = posted[stage - 1]
+        free = own[Kind.RECV_FORWARD] <= before[Kind.SEND_FORWARD] and own[Kind.SEND_BACKWARD] <= before[Kind.RECV_BACKWARD]
+    if stage < len(places) - 1 and places[stage + 1][0] != places[stage][0]:
+        after = posted[stage + 1]
+        free &= own[Kind.SEND_FORWARD] <= after[Kind.RECV_FORWARD] and own[Kind.RECV_BACKWARD] <= after[Kind.SEND_BACKWARD]
+    return free
+
+
+def _check_transfers(
+    plans: Sequence[Sequence[Action]], places: Sequence[tuple[int, int]], slack: Sequence[int], resident: bool
+) -> None:
+    """Run all plans together, each action waiting for all that it might have to, and see that everyone reaches the end.
+
+    ``places`` has each stage's process and chunk.
+    """
+    num_stages = len(places)
+    stage_at = {place: stage for stage, place in enumerate(places)}
+    stages_of = [[stage for stage, (its, _) in enumerate(places) if its == process] for process in range(len(plans))]
     held_sends = [sends_in_flight(link, slack) for link in range(num_stages - 1)]
-    position = [0] * num_stages
-    posted: list[dict[Kind, int]] = [dict.fromkeys(Kind, 0) for _ in plans]
+    position = [0] * len(plans)
+    posted: list[dict[Kind, int]] = [dict.fromkeys(Kind, 0) for _ in places]
 
-    def device_is_free(stage: int) -> bool:
-        """Whether every transfer posted so far is complete on this stage's device, or none holds it."""
-        if not resident:
-            return True
-        own = posted[stage]
-        before = posted[stage - 1] if stage > 0 else own
-        after = posted[stage + 1] if stage < num_stages - 1 else own
-        return (
-            own[Kind.RECV_FORWARD] <= before[Kind.SEND_FORWARD]
-            and own[Kind.SEND_FORWARD] <= after[Kind.RECV_FORWARD]
-            and own[Kind.RECV_BACKWARD] <= after[Kind.SEND_BACKWARD]
-            and own[Kind.SEND_BACKWARD] <= before[Kind.RECV_BACKWARD]
-        )
+    def device_is_free(process: int) -> bool:
+        """Whether no transfer that was posted so far holds the process's device."""
+        return not resident or all(_is_free(posted, places, stage) for stage in stages_of[process])
 
-    def may_run(stage: int, action: Action) -> bool:
-        m = action.index
+    def may_run(process: int, action: Action) -> bool:
+        m, stage = action.index, stage_at[process, action.chunk]
         match action.kind:
             case Kind.FORWARD:
-                return device_is_free(stage) and (stage == 0 or posted[stage - 1][Kind.SEND_FORWARD] > m)
+                return device_is_free(process) and (stage == 0 or posted[stage - 1][Kind.SEND_FORWARD] > m)
             case Kind.BACKWARD:
-                return device_is_free(stage) and (stage == num_stages - 1 or posted[stage + 1][Kind.SEND_BACKWARD] > m)
+                return device_is_free(process) and (stage == num_stages - 1 or posted[stage + 1][Kind.SEND_BACKWARD] > m)
             case Kind.UPDATE:
-                return device_is_free(stage)
+                return device_is_free(process)
             case Kind.REPORT:
-                return device_is_free(stage) and (stage == num_stages - 1 or posted[stage + 1][Kind.REPORT] >= m)
+                return device_is_free(process) and (stage == num_stages - 1 or posted[stage + 1][Kind.REPORT] >= m)
             case Kind.TOTAL:
                 return posted[stage - 1][Kind.TOTAL] >= m if stage > 0 else posted[0][Kind.REPORT] >= m
             case Kind.SEND_FORWARD:
@@ -138,12 +154,12 @@ def _check_transfers(plans: Sequence[Sequence[Action]], slack: Sequence[int], re
     progress = True
     while progress:
         progress = False
-        for stage, plan in enumerate(plans):
-            while position[stage] < len(plan) and may_run(stage, plan[position[stage]]):
-                posted[stage][plan[position[stage]].kind] += 1
-                position[stage] += 1
+        for process, plan in enumerate(plans):
+            while position[process] < len(plan) and may_run(process, action := plan[position[process]]):
+                posted[stage_at[process, action.chunk]][action.kind] += 1
+                position[process] += 1
                 progress = True
-    stuck = [f"stage {s} at {plans[s][p]}" for s, p in enumerate(position) if p < len(plans[s])]
+    stuck = [f"stage {p} at {plans[p][at]}" for p, at in enumerate(position) if at < len(plans[p])]
     if stuck:
         raise _fail(plans, f"deadlock: {', '.join(stuck)} wait for ever")
     for stage in range(num_stages - 1):

@@ -12,7 +12,9 @@ from .peers import Schedule, find_schedule
 
 GIB = 2**30
 
-DEFAULT_SCHEDULES = ("1f1b", "interleaved:2", "zb-h1", "zb-2p", "pipedream-2bw", "pipedream", "paci", "paci:1")
+DEFAULT_SCHEDULES = (
+    "1f1b", "interleaved:2", "zb-h1", "zb-2p", "pipedream-2bw", "pipedream", "paci", "paci:1", "paci-v", "paci-v:1:2:1"
+)  # fmt: skip
 
 
 def choose_schedules(names: Sequence[str] | None, scenario: Scenario) -> list[Schedule]:

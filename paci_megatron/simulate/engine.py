@@ -90,9 +90,9 @@ class _Mark(NamedTuple):
 
 @dataclass
 class StageRun:
-    """What one stage did. ``peak_in_flight`` counts activations of one micro-batch on one chunk, held until the backward is
-    complete. Drift is in updates, by the weights the stage has, whether or not the schedule keeps older ones.
-    ``marks[k]`` is taken after update k; ``marks[0]`` at the start."""
+    """What one stage did, or in a V one process. ``peak_in_flight`` counts activations of one micro-batch on one chunk, held
+    until the backward is complete. Drift is in updates, by the weights the stage has, whether or not the schedule keeps
+    older ones. ``marks[k]`` is taken after update k, in a V after chunk 0's, the later; ``marks[0]`` at the start."""
 
     busy_s: float = 0
     end_s: float = 0
@@ -140,11 +140,14 @@ class Simulation:
 
 
 class _Route(NamedTuple):
-    """How an action runs: its duration, where its input arrives and where its output goes, if anywhere."""
+    """How an action runs: its duration, where its input arrives and where its output goes, if anywhere, and over which of
+    the stage's links: that of activations or of gradients, or none where the output stays, at the turns of a V.
+    """
 
     duration_s: float
     inbox: dict[int, float] | None = None
     outbox: dict[int, float] | None = None
+    link: Kind | None = None
 
 
 _Routes = list[dict[Kind, _Route]]
@@ -156,14 +159,15 @@ def simulate(
     costs: Costs,
     *,
     chunks: int = 1,
+    folded: bool = False,
     last_update: int | None = None,
     record: bool = False,
     allow_deadlock: bool = False,
 ) -> Simulation:
     """Run the plans, one per stage, to their ends or up to ``last_update``, in which case they may be endless.
 
-    Transfer actions are implied by the others and ignored. ``record`` keeps the spans. ``ValueError`` if some stage waits
-    for ever, unless ``allow_deadlock``.
+    Transfer actions are implied by the others and ignored. ``folded`` is for two chunks in a V (schedule/vee.py), each with
+    its own updates. ``record`` keeps the spans. ``ValueError`` if some stage waits for ever, unless ``allow_deadlock``.
     """
     if len(plans) != len(costs.stages):
         raise ValueError(f"{len(plans)} plans and costs of {len(costs.stages)} stages: give one StageCosts a plan")
@@ -171,7 +175,7 @@ def simulate(
     runners = [
         _run(plan, routes, run, costs, stage, last_update, record)
         for stage, (plan, routes, run) in enumerate(
-            zip(plans, _routes(costs.stages, chunks), simulation.stages, strict=True)
+            zip(plans, _routes(costs.stages, chunks, folded), simulation.stages, strict=True)
         )
     ]
     # Dependencies run both ways along the pipeline, and so do the turns: to and fro.
@@ -191,26 +195,37 @@ def simulate(
     return simulation
 
 
-def _routes(stages: Sequence[StageCosts], chunks: int) -> list[_Routes]:
-    """For each stage. Chunk c of stage s is part c*N+s of the model; activations go up these parts, gradients down."""
+def _routes(stages: Sequence[StageCosts], chunks: int, folded: bool) -> list[_Routes]:
+    """For each stage. Chunk c of stage s is part c*N+s of the model, in a V chunk 1 is part 2N-1-s; activations go up these
+    parts, gradients down.
+    """
     num_stages, parts = len(stages), len(stages) * chunks
     activations: list[dict[int, float]] = [{} for _ in range(parts)]
     gradients: list[dict[int, float]] = [{} for _ in range(parts)]
 
-    def route(stage: StageCosts, part: int, kind: Kind) -> _Route:
+    def route(index: int, chunk: int, kind: Kind) -> _Route:
+        stage, rises = stages[index], folded and chunk == 1
+        part = parts - 1 - index if rises else chunk * num_stages + index
         if kind is Kind.UPDATE:
-            return _Route(stage.update_s)
+            return _Route(stage.update_s / chunks if folded else stage.update_s)
         duration_s = stage.seconds(kind) if chunks == 1 else stage.seconds(kind) / chunks
-        first, last = part == 0, part == parts - 1
-        if kind is Kind.FORWARD:
-            return _Route(duration_s, None if first else activations[part], None if last else activations[part + 1])
         if kind is Kind.WEIGHT_GRADIENT:
             return _Route(duration_s)
-        return _Route(duration_s, None if last else gradients[part], None if first else gradients[part - 1])
+        step, boxes = (1, activations) if kind is Kind.FORWARD else (-1, gradients)
+        first, last = (0, parts - 1) if step == 1 else (parts - 1, 0)
+        # Up the second half of a V activations go where gradients go down the first.
+        link = (Kind.BACKWARD if rises else Kind.FORWARD) if step == 1 else (Kind.FORWARD if rises else Kind.BACKWARD)
+        stays = folded and {part, part + step} == {num_stages - 1, num_stages}
+        return _Route(
+            duration_s,
+            None if part == first else boxes[part],
+            None if part == last else boxes[part + step],
+            None if stays or part == last else link,
+        )
 
     return [
-        [{kind: route(stage, chunk * num_stages + index, kind) for kind in COMPUTE_KINDS} for chunk in range(chunks)]
-        for index, stage in enumerate(stages)
+        [{kind: route(index, chunk, kind) for kind in COMPUTE_KINDS} for chunk in range(chunks)]
+        for index in range(num_stages)
     ]
 
 
@@ -223,10 +238,11 @@ def _run(
     """
     now: float = 0
     moved, random = False, Random(f"{costs.seed}/{stage}")
-    forwards = inputs = backwards = version = drift_sum = 0
-    # A backward is matched with its forward by counting: they come in the same order, except between flushes, where
-    # there is no drift. forwards_before holds the forwards done at each update that no backward has reached yet.
-    forward_version, forwards_before = 0, deque[int]()
+    backwards = drift_sum = 0
+    # A backward is matched with its forward by counting: they come in the same order on each chunk, except between flushes,
+    # where there is no drift. forwards_before holds the forwards done at each update that no backward has reached yet.
+    forwards, inputs, version, forward_version = ([0] * len(routes) for _ in range(4))
+    forwards_before = [deque[int]() for _ in routes]
     link_s, latency_s, jitter = costs.link_s, costs.latency_s, costs.jitter
     link_free_s = dict.fromkeys(Kind, 0.0)
     for action in actions:
@@ -234,7 +250,7 @@ def _run(
         route = routes[chunk].get(kind)
         if route is None:
             continue
-        duration_s, inbox, outbox = route
+        duration_s, inbox, outbox, link = route
         if inbox is not None:
             while (arrival_s := inbox.pop(index, None)) is None:
                 yield moved
@@ -247,25 +263,27 @@ def _run(
             run.spans.append(Span(action, now, now + duration_s))
         run.busy_s += duration_s
         run.end_s = now = now + duration_s
+        if link is not None:
+            sent_s = link_free_s[link] = max(now, link_free_s[link]) + link_s
         if outbox is not None:
-            sent_s = link_free_s[kind] = max(now, link_free_s[kind]) + link_s
-            outbox[index] = sent_s + latency_s
+            outbox[index] = now if link is None else sent_s + latency_s
         if kind is Kind.FORWARD:
-            forwards += 1
-            run.peak_in_flight = max(run.peak_in_flight, forwards - backwards)
+            forwards[chunk] += 1
+            run.peak_in_flight = max(run.peak_in_flight, sum(forwards) - backwards)
         elif kind is Kind.UPDATE:
-            version += 1
-            forwards_before.append(forwards)
-            run.marks.append(_Mark(now, backwards, drift_sum))
-            if index == last:
+            version[chunk] += 1
+            forwards_before[chunk].append(forwards[chunk])
+            if chunk == 0:
+                run.marks.append(_Mark(now, backwards, drift_sum))
+            if chunk == 0 and index == last:
                 return
         else:
             if kind is not Kind.WEIGHT_GRADIENT:
-                while forwards_before and forwards_before[0] <= inputs:
-                    forwards_before.popleft()
-                    forward_version += 1
-                inputs += 1
-                drift = version - forward_version
+                while forwards_before[chunk] and forwards_before[chunk][0] <= inputs[chunk]:
+                    forwards_before[chunk].popleft()
+                    forward_version[chunk] += 1
+                inputs[chunk] += 1
+                drift = version[chunk] - forward_version[chunk]
                 drift_sum += drift
                 run.max_drift = max(run.max_drift, drift)
             if kind is not Kind.INPUT_GRADIENT:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from paci_megatron.schedule.actions import Action, Kind, shared_action
 from paci_megatron.schedule.schedules import one_f_one_b_flush, paci, parse_slack
+from paci_megatron.schedule.vee import fold, paci_v
 
 from .engine import Costs, Simulation, simulate
 
@@ -74,7 +75,7 @@ class Schedule:
     """A schedule by name. ``actions(stage_index, num_stages, a, updates)`` is a stage's plan, which drains after ``updates``
     windows of ``a`` micro-batches. ``kept_weights`` says which older versions it keeps for backwards: none, one for each
     version in flight at the stage, or on every stage as many as the first needs. ``extra_in_flight`` is what PACI's
-    ``--paci-extra-in-flight`` says.
+    ``--paci-extra-in-flight`` says. ``folded`` is for the two chunks of a V.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Schedule:
     kept_weights: Literal["none", "in flight", "uniform"] = "none"
     updates_per_window: Callable[[int], int] = lambda a: 1
     extra_in_flight: str = "0"
+    folded: bool = False
 
     def problem(self, num_stages: int, microbatches_per_update: int) -> str | None:
         """Why the schedule does not exist for this size, if it does not."""
@@ -91,7 +93,7 @@ class Schedule:
             parse_slack(self.extra_in_flight, num_stages)
         except ValueError as error:
             return f"paci:{error}"
-        if self.chunks == 1 or (num_stages > 1 and microbatches_per_update % num_stages == 0):
+        if self.chunks == 1 or self.folded or (num_stages > 1 and microbatches_per_update % num_stages == 0):
             return None
         return (
             f"{self.name} does not exist for {microbatches_per_update} micro-batches per update on {num_stages} stages: "
@@ -110,7 +112,7 @@ class Schedule:
             raise ValueError(problem)
         plans = [self.actions(stage, num_stages, a, updates) for stage in range(num_stages)]
         last_update = updates * self.updates_per_window(a)
-        return simulate(plans, costs, chunks=self.chunks, last_update=last_update, record=record)
+        return simulate(plans, costs, chunks=self.chunks, folded=self.folded, last_update=last_update, record=record)
 
 
 def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: str = "0") -> Iterator[Action]:
@@ -119,6 +121,10 @@ def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: st
 
 def _pipedream(stage: int, num_stages: int, a: int, updates: int) -> Iterator[Action]:
     return _paci(stage, num_stages, 1, updates * a)
+
+
+def _paci_v(stage: int, num_stages: int, a: int, updates: int, lengths: tuple[int, ...] = ()) -> Iterator[Action]:
+    return paci_v(stage, fold(num_stages, *lengths), a, lambda update: update == updates)
 
 
 _PLAIN = {
@@ -130,9 +136,13 @@ _PLAIN = {
     # Harlap et al., arXiv 1806.03377: an update after every micro-batch, weights stashed for each in flight.
     "pipedream": Schedule("pipedream", "PipeDream", _pipedream, kept_weights="in flight", updates_per_window=lambda a: a),
     "paci": Schedule("paci", "PACI", _paci),
+    "paci-v": Schedule("paci-v", "PACI-V", _paci_v, chunks=2, folded=True),
 }
 
-NAMES = "1f1b, interleaved:CHUNKS, zb-h1, zb-2p, pipedream-2bw, pipedream, paci, paci:EXTRA_IN_FLIGHT"
+NAMES = (
+    "1f1b, interleaved:CHUNKS, zb-h1, zb-2p, pipedream-2bw, pipedream, paci, paci:EXTRA_IN_FLIGHT, paci-v, "
+    "paci-v:FORWARD:BACKWARD:WAIT"
+)
 
 
 def find_schedule(name: str) -> Schedule:
@@ -143,6 +153,12 @@ def find_schedule(name: str) -> Schedule:
     if base == "paci" and all(each.isdecimal() for each in number.split(",")):
         actions = partial(_paci, extra_in_flight=number)
         return Schedule(name, f"PACI, k={number}", actions, extra_in_flight=number)
+    lengths = number.split(":")
+    if base == "paci-v" and len(lengths) == 3 and all(each.isdecimal() for each in lengths):
+        forward, backward, wait = map(int, lengths)
+        fold(1, forward, backward, wait)  # ValueError if there is none
+        actions = partial(_paci_v, lengths=(forward, backward, wait))
+        return Schedule(name, f"PACI-V, {forward}:{backward}, wait {wait}", actions, chunks=2, folded=True)
     if number.isdecimal() and base == "interleaved" and int(number) >= 2:
         chunks = int(number)
         return Schedule(name, f"interleaved, v={chunks}", partial(_interleaved, chunks=chunks), chunks)

@@ -186,7 +186,7 @@ def test_jitter_is_reproducible_bounded_and_costs_time() -> None:
 
 def expected_spans(plans: list[list[Action]], costs: Costs) -> dict[tuple[int, Action], float]:
     """The end of every action by a second method: the longest path, relaxed until nothing changes."""
-    last = len(plans) - 1
+    last, folded = len(plans) - 1, any(action.chunk for plan in plans for action in plan)
     ends = {(stage, action): 0.0 for stage, plan in enumerate(plans) for action in plan}
     changed = True
     while changed:
@@ -194,17 +194,21 @@ def expected_spans(plans: list[list[Action]], costs: Costs) -> dict[tuple[int, A
         for stage, plan in enumerate(plans):
             free = 0.0
             for action in plan:
-                source = {Kind.FORWARD: stage - 1, Kind.BACKWARD: stage + 1, Kind.INPUT_GRADIENT: stage + 1}.get(action.kind)
+                step = {Kind.FORWARD: -1, Kind.BACKWARD: 1, Kind.INPUT_GRADIENT: 1}.get(action.kind, 0)
+                source, chunk = stage + (-step if action.chunk else step), action.chunk
+                if folded and step and source > last:  # the turn, where nothing is sent
+                    source, chunk = stage, 1 - chunk
                 start = free
-                if source is not None and 0 <= source <= last:
-                    start = max(free, ends[source, action] + costs.latency_s)
-                free = start + costs.stages[stage].seconds(action.kind)
+                if step and 0 <= source <= last and (source, chunk) != (stage, action.chunk):
+                    arrives = ends[source, Action(action.kind, action.index, chunk)]
+                    start = max(free, arrives + (costs.latency_s if source != stage else 0))
+                free = start + costs.stages[stage].seconds(action.kind) / (2 if folded else 1)
                 changed |= free != ends[stage, action]
                 ends[stage, action] = free
     return ends
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-2p", "paci", "paci:2", "pipedream"])
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-2p", "paci", "paci:2", "pipedream", "paci-v", "paci-v:1:2:1"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_costs_against_the_longest_path(name: str, seed: int) -> None:
     random = Random(seed)
@@ -220,7 +224,8 @@ def test_random_costs_against_the_longest_path(name: str, seed: int) -> None:
     assert found == expected_spans(plans, costs)
     for stage, run_of_stage in zip(stages, result.stages, strict=True):
         lengths = [span.end_s - span.start_s for span in run_of_stage.spans]
-        assert lengths == [stage.seconds(span.action.kind) for span in run_of_stage.spans]
+        chunks = find_schedule(name).chunks
+        assert lengths == [stage.seconds(span.action.kind) / chunks for span in run_of_stage.spans]
         assert run_of_stage.busy_s == sum(lengths)
 
 
@@ -254,7 +259,9 @@ def test_plans_of_the_peers_in_text() -> None:
     assert format_actions(parse_actions(text("interleaved:2", 0))) == text("interleaved:2", 0)
 
 
-@pytest.mark.parametrize("name", ["", "gpipe", "paci:x", "interleaved", "interleaved:1", "zb-h1:2"])
+@pytest.mark.parametrize(
+    "name", ["", "gpipe", "paci:x", "interleaved", "interleaved:1", "zb-h1:2", "paci-v:1", "paci-v:1:2:"]
+)
 def test_unknown_schedule_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{name!r} is no schedule: choose from 1f1b, interleaved:CHUNKS")):
         find_schedule(name)
