@@ -77,7 +77,7 @@ def losses(runs: Sequence[ReportedRun]) -> Figure:
     figure = Figure(
         "losses",
         "Loss and perplexity, against time and against tokens",
-        "Left: what a run has reached after so much training time, evaluations and saves left out. Right: the same after so "
+        "First what a run has reached after so much training time, evaluations and saves left out, then the same after so "
         "many tokens, where the schedules differ by nothing but the weights that a backward meets. Lower is better.",
     )
     for name, (split, y, title) in _VARIANTS.items():

@@ -123,8 +123,8 @@ def drift(runs: Sequence[ReportedRun]) -> Figure:
     figure = Figure(
         "drift",
         "Drift of each stage against its bound",
-        "Drift is how many updates a stage has made between a micro-batch's forward and its backward. Left: the largest "
-        "that was measured; the strokes are ceil((N-1-s)/a), which the schedule guarantees. Beside it the mean; the strokes "
+        "Drift is how many updates a stage has made between a micro-batch's forward and its backward. First the largest "
+        "that was measured; the strokes are ceil((N-1-s)/a), which the schedule guarantees. Then the mean; the strokes "
         "are (N-1-s)/a, that of a full pipeline. In units of weights it is how far a stage's weights have moved "
         "meanwhile, as a share of the weights.",
         height=280,
