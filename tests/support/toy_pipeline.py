@@ -20,6 +20,7 @@ from paci_megatron.runtime.tied_embeddings import TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate
 from paci_megatron.runtime.weight_drift import WeightDrift
 from paci_megatron.runtime.weights import WeightVersions
+from paci_megatron.schedule import Action
 from paci_megatron.schedule.plan import Plan
 
 WIDTH, VOCABULARY, LENGTH, SAMPLES = 8, 12, 5, 2
@@ -112,8 +113,8 @@ class ToyStage:
         self.weight_drift = WeightDrift(tuple(self.model.parameters()))
         self.windows: list[tuple[torch.Tensor | None, list[int]]] = []  # what each has of the drift of the weights
 
-    def begin(self, plan: Plan, transport: Transport) -> None:
-        """A plan from an empty pipeline to its drain."""
+    def begin(self, plan: Plan, transport: Transport, actions: Iterator[Action] | None = None) -> None:
+        """A plan from an empty pipeline to its drain; ``actions`` are the stage's in it, where the plan is that of a V."""
         lag, scale = plan.record_lag, LossScale(SimpleNamespace())
         scale.begin_plan(lag)
         link, exchange = transport.link(self.index, plan), transport.tied_exchange(self.index, lag)
@@ -135,7 +136,7 @@ class ToyStage:
         weights = WeightVersions(tuple(self.model.parameters()), "latest", plan.microbatches_per_update)
         compute: Any = self.compute
         self.executor = Executor(
-            plan.actions(self.index), compute, link, update, weights, meter, weight_drift=self.weight_drift
+            actions or plan.actions(self.index), compute, link, update, weights, meter, weight_drift=self.weight_drift
         )
 
     def end(self) -> None:
