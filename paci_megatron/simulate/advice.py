@@ -15,6 +15,10 @@ from .peers import Schedule, find_schedule
 WORTHWHILE = 0.05
 """A smaller gain is not worth another optimization than the synchronous one."""
 
+DRIFT_COST = {1: (0.007, 0.16), 2: (0.013, 0.53)}
+"""What drift of at most so many updates cost with Adam at the lowest and the highest learning rate that was measured, in
+perplexity after the same tokens: ``docs/results.md``, eight stages, B = 32."""
+
 COMPARABLE_MEMORY = 1.5
 """A synchronous schedule is an alternative to PACI if it holds at most so many times its activations."""
 
@@ -124,7 +128,8 @@ def advise(scenario: Scenario, others: Sequence[Outcome] = ()) -> list[str]:
     speed = f"{paci.speedup_vs_flush:.2f}x the throughput of 1F1B-flush, where the bubble allows {limit:.2f}x"
     helps = not reasons and paci.speedup_vs_flush >= 1 + WORTHWHILE
     verdict = f"PACI helps: {speed}." if helps else f"PACI will not help much: {'; '.join([*reasons, speed])}."
-    return [verdict, _smallest(scenario.num_stages), *_more_in_flight(scenario, paci), *imbalance]
+    cost = _drift_cost(max(paci.max_drift))
+    return [verdict, _smallest(scenario.num_stages), *_more_in_flight(scenario, paci), *imbalance, *cost]
 
 
 def _small_bubble(scenario: Scenario, paci: Outcome) -> list[str]:
@@ -170,6 +175,20 @@ def _smallest(num_stages: int) -> str:
     a = smallest_a(num_stages)
     limit = speedup_limit(num_stages, a)
     return f"Drift stays within 1 update from {a} micro-batches per update on, where the bubble allows {limit:.2f}x."
+
+
+def _drift_cost(drift: int) -> list[str]:
+    """What drift has cost where it was measured: the simulator knows nothing of losses."""
+    if drift == 0:
+        return []
+    measured = min(drift, max(DRIFT_COST))
+    least, most = DRIFT_COST[measured]
+    beyond = f" A drift of up to {drift} costs more." if drift > measured else ""
+    return [
+        f"With Adam a drift of up to {measured} update{'s' * (measured > 1)} cost {least:.1%} of perplexity at a low "
+        f"learning rate and {most:.0%} at a high one, in short runs of a small model (docs/results.md); Muon was far less "
+        f"behind.{beyond} Compare both schedules at your rate."
+    ]
 
 
 def _more_in_flight(scenario: Scenario, paci: Outcome) -> list[str]:

@@ -93,7 +93,7 @@ def advice(n: int, a: int, updates: int = 50, **costs: Any) -> list[str]:
 
 
 def test_advice_where_paci_helps() -> None:
-    verdict, smallest, extra, slack = advice(8, 8, updates=100)
+    verdict, smallest, extra, slack, _ = advice(8, 8, updates=100)
     assert verdict == "PACI helps: 1.86x the throughput of 1F1B-flush, where the bubble allows 1.88x."
     assert smallest == "Drift stays within 1 update from 7 micro-batches per update on, where the bubble allows 2.00x."
     assert "buys nothing here, for 9 activations instead of 8 and a drift of up to 1 instead of 1." in extra
@@ -120,6 +120,13 @@ def test_advice_where_paci_helps() -> None:
 def test_advice_where_paci_does_not_help(verdict: str, case: dict[str, Any]) -> None:
     first = advice(**case)[0]
     assert first.startswith("PACI will not help") and verdict in first
+
+
+def test_advice_says_what_drift_has_cost_where_it_was_measured() -> None:
+    for a, said in ((8, "up to 1 update cost 0.7%"), (4, "up to 2 updates cost 1.3%"), (2, "up to 2 updates cost 1.3%")):
+        cost = advice(8, a)[-1]
+        assert said in cost
+        assert ("A drift of up to 4 costs more." in cost) == (a == 2)
 
 
 def test_advice_about_transfers_and_balance() -> None:
