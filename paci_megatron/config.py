@@ -188,6 +188,11 @@ def check_emulation(args: argparse.Namespace) -> None:
             f"--paci-emulate-stages {num_stages} with --pipeline-model-parallel-size {pipeline}: emulated stages live in "
             "one process, so the pipeline size must be 1. Remove one of the two."
         )
+    if args.fp8 and args.fp8_recipe == "delayed":
+        raise ConfigError(
+            f"--paci-emulate-stages {num_stages} with --fp8-recipe delayed: Transformer Engine keeps one history of scales "
+            "in a process, which all stages would advance. Use --fp8-recipe tensorwise, blockwise or mxfp8."
+        )
     if (args.save or args.load) and args.ckpt_format != "torch_dist":
         raise ConfigError(
             f"--paci-emulate-stages with --ckpt-format {args.ckpt_format}: only a torch_dist checkpoint holds all stages in "
@@ -234,7 +239,15 @@ def _check_packing(args: argparse.Namespace) -> None:
 
 
 def _check_weight_policy(args: argparse.Namespace) -> None:
-    """``ConfigError`` if double-buffer, which holds two versions of the weights, would need a third."""
+    """``ConfigError`` if double-buffer, which holds two versions of the weights, would need a third, or if what is computed
+    with are quantised weights, of which nobody keeps an older version.
+    """
+    for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
+        if value and args.paci_weight_policy != "latest":
+            raise ConfigError(
+                f"--paci-weight-policy {args.paci_weight_policy} with {flag} {value}: quantised weights are kept in one "
+                f"version, the newest. Remove {flag}, or use --paci-weight-policy latest."
+            )
     if args.paci_weight_policy != "double-buffer":
         return
     num_stages = args.pipeline_model_parallel_size

@@ -50,10 +50,6 @@ def _unless(*allowed: Any) -> Callable[[Any], bool]:
 
 
 _REMOVE = "Remove the flag, or use --pipeline-schedule 1f1b"
-_QUANTIZED = (
-    "scales and cached weights are tied to the forward's weight version, which an update in flight makes wrong",
-    "Train in bf16 (--bf16), or use --pipeline-schedule 1f1b",
-)
 _DUMPS = (
     "it saves tensors of one flushed iteration, and under paci an iteration's forwards and backwards interleave with others"
 )
@@ -63,8 +59,6 @@ _LOGITS = (
 )
 _EVERY_STAGE = "it needs an agreement of all stages in every iteration, which would stop the pipeline each time"
 REFUSED: tuple[Refused, ...] = (
-    Refused("--fp8-format", "fp8", *_QUANTIZED),
-    Refused("--fp4-format", "fp4", *_QUANTIZED),
     Refused("--use-megatron-fsdp", "use_megatron_fsdp", "parameters are gathered and freed per flush", _REMOVE),
     Refused("--use-torch-fsdp2", "use_torch_fsdp2", "parameters are gathered and freed per flush", _REMOVE),
     Refused(
@@ -119,12 +113,6 @@ REFUSED: tuple[Refused, ...] = (
         "--moe-expert-rank-capacity-factor",
         "moe_expert_rank_capacity_factor",
         "on overflow it repeats an iteration, which under paci others have already built on",
-        _REMOVE,
-    ),
-    Refused(
-        "--dsa-indexer-loss-coeff",
-        "dsa_indexer_loss_coeff",
-        "its metrics are reduced over all stages in every iteration",
         _REMOVE,
     ),
 )
@@ -204,12 +192,33 @@ def adapt_flags(args: argparse.Namespace) -> list[str]:
         if getattr(args, rule.attribute, rule.value) not in (rule.value, None):
             setattr(args, rule.attribute, rule.value)
             lines.append(rule.line)
-    lines += one_chunk_a_stage(args)
+    lines += one_chunk_a_stage(args) + gather_in_the_step(args)
     if args.paci_strict:
         errors += [f"--paci-strict: {line}. Remove the flag, or --paci-strict." for line in lines]
     if errors:
         raise ConfigError("\n".join(errors))
     return lines
+
+
+def gather_in_the_step(args: argparse.Namespace) -> list[str]:
+    """Switch ``--overlap-param-gather`` off where it would gather in the gradients' memory; the line that says so."""
+    if not (getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False) and args.overlap_param_gather):
+        return []
+    args.overlap_param_gather = False
+    return [
+        "--overlap-param-gather is off under paci: with --reuse-grad-buf-for-mxfp8-param-ag the new weights are gathered "
+        "where the next backward's gradients go; the gather is waited for in the update"
+    ]
+
+
+def not_verified(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that no machine that the project was tested on could run."""
+    return [
+        f"{flag} {value} under paci is not verified on hardware: tested with stand-ins for Transformer Engine on a CPU. "
+        "tools/gpu_check.py --only fp8 verifies it"
+        for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4))
+        if value
+    ]
 
 
 def one_chunk_a_stage(args: argparse.Namespace) -> list[str]:

@@ -9,7 +9,10 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from paci_megatron.arguments import add_paci_arguments
+from paci_megatron.platform.without_te import has_transformer_engine
 from paci_megatron.schedule.schedules import sends_in_flight
 
 from .bench import Bench, Sizes, launcher
@@ -44,6 +47,11 @@ def checks(bench: Bench) -> list[Check]:
         (f"peak memory of PACI against flush, {linked}", "equal in every process, within 1% and transfers", peak_memory),
         ("action loop against the bare model", f"at most {LOOP_OVERHEAD:.0%} slower", loop_overhead),
         (f"trace of {emulated}", "a file a stage, times in order", trace),
+        (
+            f"fp8 of PACI against flush, {emulated}",
+            f"drained within {ROUNDING_DIFFERENCE:.0%}, else the last losses within {LOSS_DIFFERENCE:.0%}",
+            quantized_losses,
+        ),
     ]
     return [Check(name, bound, partial(run, bench)) for name, bound, run in listed]
 
@@ -143,6 +151,23 @@ def trace(bench: Bench) -> Measured:
     counts = [sum(1 for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)) for path in files]
     holds = len(files) == sizes.emulated_stages and all(counts)
     return Measured(holds, f"{len(files)} files, {sum(counts)} events", counts)
+
+
+def quantized_losses(bench: Bench) -> Measured:
+    """Trainings in fp8 with current scaling: weights are quantised by Transformer Engine, and again as they change."""
+    if not bench.on_gpu or not has_transformer_engine() or torch.cuda.get_device_capability() < (8, 9):
+        raise SkipCheck("fp8 needs Transformer Engine and a GPU of compute capability 8.9")
+    stages, updates = bench.sizes.emulated_stages, bench.sizes.updates
+    fp8, drained = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"), ("--paci-drain-interval", "1")
+    flush = bench.emulated("fp8-1f1b", "1f1b", stages, updates, *fp8).losses()
+    same = bench.emulated("fp8-drained", "paci", stages, updates, *fp8, *drained).losses()
+    paci = bench.emulated("fp8-paci", "paci", stages, updates, *fp8).losses()
+    holds, text = _compared(flush, same, tolerance=ROUNDING_DIFFERENCE)
+    last = max(updates // 10, 1)
+    difference = sum(paci[-last:]) / sum(flush[-last:]) - 1
+    text += f" drained; else {difference:+.2%} at the end"
+    figures = {"flush": flush, "drained": same, "paci": paci}
+    return Measured(holds and abs(difference) <= LOSS_DIFFERENCE and paci != flush, text, figures)
 
 
 def _compared(left: Sequence[float], right: Sequence[float], tolerance: float) -> tuple[bool, str]:

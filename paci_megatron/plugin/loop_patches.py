@@ -289,6 +289,28 @@ def wrap_consume_seqlen_stats_in_iteration(original: Function) -> Function:
     return consume_seqlen_stats_in_iteration
 
 
+def wrap_track_indexer_metrics(original: Function) -> Function:
+    """Sums the loss of the sparse attention's indexers over all stages at drains only."""
+
+    @functools.wraps(original)
+    def track_indexer_metrics(
+        loss_scale: float,
+        iteration: int,
+        writer: Any,
+        wandb_writer: Any = None,
+        total_loss_dict: dict[str, Any] | None = None,
+        per_layer_logging: bool = False,
+    ) -> None:
+        run = runs.current()
+        if run is None or not run.runs_plans:
+            original(loss_scale, iteration, writer, wandb_writer, total_loss_dict, per_layer_logging)
+        elif iterations := run.drained_iterations():
+            # The mean since the last drain, and so not for the log interval's average.
+            original(loss_scale / iterations, iteration, writer, wandb_writer)
+
+    return track_indexer_metrics
+
+
 def wrap_validate_result(original: Function) -> Function:
     """Looks at each loss and each bucket's gradients at once; where plans are run, with the one wait of the update."""
 

@@ -15,18 +15,16 @@ class DrainedMoEMetrics(MoEMetricsTracker):
     and in Weights & Biases at the iteration of the drain.
     """
 
-    def __init__(self, is_drained: Callable[[], bool]) -> None:
+    def __init__(self, drained_iterations: Callable[[], int]) -> None:
+        """``drained_iterations`` is :meth:`~.run.Run.drained_iterations`."""
         super().__init__()
-        self._is_drained = is_drained
-        self._iterations = 0
+        self._drained_iterations = drained_iterations
 
     def report(self, loss_scale: float, *args: Any, **kwargs: Any) -> str:
         """See ``MoEMetricsTracker.report``; returns nothing for the log, and keeps collecting, between drains."""
-        self._iterations += 1
-        if not self._is_drained():
+        iterations = self._drained_iterations()
+        if not iterations:
             return ""
         kwargs["total_loss_dict"] = None  # which would average over the log interval instead
         kwargs["pg_collection"] = None  # this process's groups: an emulated stage's place in the pipeline is none
-        text = super().report(loss_scale / self._iterations, *args, **kwargs)
-        self._iterations = 0
-        return text
+        return super().report(loss_scale / iterations, *args, **kwargs)

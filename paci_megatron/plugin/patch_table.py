@@ -103,6 +103,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "sums the lengths of packed sequences over all ranks in every iteration",
     ),
     PatchPoint(
+        "megatron.core.transformer.experimental_attention_variant.dsa",
+        "DSAIndexerLossLoggingHelper.track_indexer_metrics",
+        loop_patches.wrap_track_indexer_metrics,
+        "loss_scale iteration writer wandb_writer total_loss_dict per_layer_logging",
+        "sums the loss of the sparse attention's indexers over all stages in every iteration",
+    ),
+    PatchPoint(
         _TRAINING,
         "training_log",
         loop_patches.wrap_training_log,

@@ -64,6 +64,7 @@ class Run:
         self.evaluating: tuple[str, int] | None = None  # prefix and iteration of the evaluation in progress
         self._watchdog: Watchdog | None = None
         self._moe_tracker: Any = None
+        self._plan_begin = 0  # the iteration after which the latest plan began
 
     @property
     def runs_plans(self) -> bool:
@@ -102,7 +103,7 @@ class Run:
         self._new_plan(get_num_microbatches()).check()
         if args.num_experts is not None:
             self._moe_tracker = moe_logging.get_moe_metrics_tracker()
-            moe_logging.set_moe_metrics_tracker(DrainedMoEMetrics(self.is_drained))
+            moe_logging.set_moe_metrics_tracker(DrainedMoEMetrics(self.drained_iterations))
         self._watchdog = Watchdog(self, transfer_timeout_s(args), torch.distributed.get_rank())
         self._watchdog.start()
 
@@ -118,6 +119,10 @@ class Run:
     def is_drained(self) -> bool:
         """Whether the pipeline is empty and all stages have done the same updates."""
         return not self.plans
+
+    def drained_iterations(self) -> int:
+        """How many iterations the plan had that has just come to its end; 0 while one is in progress."""
+        return self.iteration - self._plan_begin if self.is_drained() else 0
 
     def require_drained(self, purpose: str) -> None:
         """``RuntimeError`` if micro-batches are in flight when Megatron is about to do ``purpose``."""
@@ -201,6 +206,7 @@ class Run:
 
     def _begin_plans(self, microbatches_per_update: int) -> None:
         plan, begin = self._new_plan(microbatches_per_update), self.iteration
+        self._plan_begin = begin
 
         def on_total(update: int, total: Record) -> None:
             self.totals[begin + update] = total

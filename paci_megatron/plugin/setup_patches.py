@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import PaciConfig, check_emulation, check_options, together
-from paci_megatron.flags import adapt_flags
+from paci_megatron.flags import adapt_flags, not_verified
 from paci_megatron.platform import cpu, shared_gpu
 from paci_megatron.platform.without_te import adapt_to_installed, check_installed
 from paci_megatron.runtime.links import Transport
@@ -70,6 +70,7 @@ def wrap_validate_args(original: Function) -> Function:
         with exit_on_config_error():
             lines = together(
                 lambda: adapt_flags(args) if runs_plans else [],
+                lambda: not_verified(args) if runs_plans else [],
                 lambda: check_installed(args),
                 lambda: check_options(args),
                 lambda: check_layers(args),

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from .loss_scale import LossScale
 from .param_gather import ParamGather
+from .quantized import QuantizedCopies
 from .state import InFlight
 
 _AUXILIARY = (MoEAuxLossAutoScaler, DSAIndexerLossAutoScaler)
@@ -41,6 +42,7 @@ class StageCompute:
         self.model = model
         self.config = config
         self.param_gather = ParamGather(model)
+        self._quantized = QuantizedCopies(model)
         self.forward_step_func: Callable[..., Any] | None = None
         self.data_iterator: Iterator[Any] | None = None
         self.losses: list[Any] = []
@@ -66,7 +68,8 @@ class StageCompute:
             self.config,
             cp_group_size=self._context_parallel_size,
             checkpoint_activations_microbatch=self._checkpoints_activations(microbatch),
-            # First of its window: its backward is the first to write the window's gradients.
+            # First of its window: its backward is the first to write the window's gradients, and with Transformer Engine in
+            # fp8 overwrites what is there.
             is_first_microbatch=position == 0,
             current_microbatch=position,
             is_last_stage=self._is_last_stage,
@@ -97,6 +100,12 @@ class StageCompute:
         self.param_gather.complete()
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
             return schedules.backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
+
+    def weights_changed(self) -> None:
+        """An update was applied with micro-batches in flight: the next action may be a forward or a backward of any."""
+        if self._quantized.exist():
+            self.param_gather.complete()
+            self._quantized.renew()
 
     def window_loss(self) -> torch.Tensor:
         """The mean loss of the oldest window, a scalar; for the last stage."""

@@ -10,11 +10,14 @@ import torch
 
 
 class SavedActivations:
-    """Counts what autograd saves while it is watched, each storage once, and without the weights."""
+    """Counts what autograd saves while it is watched, each storage once, and without the weights.
+
+    Transformer Engine's quantised copies of weights are counted, once.
+    """
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         self.peak_bytes = 0
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._weights = {part.untyped_storage().data_ptr() for weight in weights for part in _parts(weight)}
         self._holders: Counter[int] = Counter()  # saved tensors by storage
         self._held_bytes = 0
 
@@ -52,9 +55,18 @@ class _Saved:
     def __init__(self, tensor: torch.Tensor, counter: SavedActivations) -> None:
         self.tensor = tensor
         self._counter = counter
-        storage = tensor.untyped_storage()
-        self._storage, self._size = storage.data_ptr(), storage.nbytes()
-        counter.add(self._storage, self._size)
+        storages = [part.untyped_storage() for part in _parts(tensor)]
+        self._held = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        for storage, size in self._held:
+            counter.add(storage, size)
 
     def __del__(self) -> None:
-        self._counter.remove(self._storage, self._size)
+        for storage, size in self._held:
+            self._counter.remove(storage, size)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in whose memory ``tensor`` is: itself, or the data and scales that a quantised one consists of."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return [tensor]
+    return [part for part in vars(tensor).values() if type(part) is torch.Tensor] or [tensor]

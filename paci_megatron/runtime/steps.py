@@ -27,6 +27,9 @@ class OptimizerSteps:
         ]
         self._tied_ahead = 0  # steps of the tied embedding more than of its group
         self._counts_by_group = False
+        # Then a step gathers the new weights in the gradients' memory, and leaves no gradients for a second step.
+        config = getattr(optimizer, "config", None)
+        self._overwrites_gradients = getattr(config, "reuse_grad_buf_for_mxfp8_param_ag", False)
 
     def due(
         self, applies: bool, tied: torch.nn.Parameter | None, tied_applies: bool = True
@@ -45,14 +48,14 @@ class OptimizerSteps:
         for parameter in self._optimizer.get_parameters():
             (tied_parts if is_part_of(parameter, tied) else others).append(parameter)
         if tied_applies:
-            yield self._tied_alone(others)
+            yield self._tied_alone(others, keeps_gradients=applies and self._overwrites_gradients)
         if applies:
             yield _without_gradients(tied_parts)
         self._tied_ahead += tied_applies - applies
 
     @contextlib.contextmanager
-    def _tied_alone(self, others: Iterable[torch.Tensor]) -> Iterator[None]:
-        with _without_gradients(others), self._tied_count():
+    def _tied_alone(self, others: Iterable[torch.Tensor], keeps_gradients: bool) -> Iterator[None]:
+        with _without_gradients(others, as_copies=keeps_gradients), self._tied_count():
             yield
 
     @contextlib.contextmanager
@@ -75,13 +78,16 @@ class OptimizerSteps:
 
 
 @contextlib.contextmanager
-def _without_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Inside, an optimizer finds no gradients at ``parameters``, in either place where Megatron puts them."""
+def _without_gradients(parameters: Iterable[torch.Tensor], as_copies: bool = False) -> Iterator[None]:
+    """Inside, an optimizer finds no gradients at ``parameters``, in either place where Megatron puts them.
+
+    Afterwards they are there again, ``as_copies`` made before.
+    """
     kept = [
-        (parameter, name, getattr(parameter, name))
+        (parameter, name, gradient.clone() if as_copies else gradient)
         for parameter in parameters
         for name in ("grad", "decoupled_grad")
-        if getattr(parameter, name, None) is not None
+        if (gradient := getattr(parameter, name, None)) is not None
     ]
     for parameter, name, _ in kept:
         setattr(parameter, name, None)

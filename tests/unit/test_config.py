@@ -54,6 +54,9 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "cuda_graph_impl": "none",
         "sft": False,
         "dataloader_inter_document_masking": False,
+        "fp8": None,
+        "fp8_recipe": "delayed",
+        "fp4": None,
     }
     return argparse.Namespace(**{**accepted, **changes})
 
