@@ -12,6 +12,7 @@ from typing import Any
 from . import statistics as st
 from . import timing
 from .arms import Arm, Study
+from .best import best_rows
 from .records import Event
 
 
@@ -59,6 +60,16 @@ class RunResult:
         stages = (stage for event in self._named("drain") for stage in event["stages"])
         return max((stage.get("copied_weight_bytes", 0) for stage in stages), default=0)
 
+    def weight_change(self) -> float | None:
+        """The mean drift over the run of the stage with the most, as a share of its weights."""
+        by_stage: dict[int, list[tuple[int, float]]] = {}
+        for event in self._named("drain"):
+            for stage in event["stages"]:
+                if "mean_weight_change" in stage:
+                    by_stage.setdefault(stage["stage_index"], []).append((stage["updates"], stage["mean_weight_change"]))
+        means = [sum(n * change for n, change in parts) / sum(n for n, _ in parts) for parts in by_stage.values()]
+        return max(means, default=None)
+
     def measured_tokens_per_second(self) -> float:
         """All tokens over all seconds of training, fills and drains included."""
         last = self._named("train")[-1]
@@ -87,7 +98,7 @@ class Analysis:
             (other, result.events)
             for other, results in self.by_arm.items()
             if (other.batch_size, other.microbatches_per_update) == (arm.batch_size, arm.microbatches_per_update)
-            and other.recompute == arm.recompute
+            and (other.recompute, other.optimizer) == (arm.recompute, arm.optimizer)
             for result in results
         ]
         return timing.seconds_per_microbatch(same)
@@ -105,10 +116,15 @@ class Analysis:
             [[st.Point(e[1], e[0] / period * period_s, e[3]) for e in run.evaluations()] for run in self.by_arm[arm]]
         )
 
-    def reference(self, batch_size: int, lr_factor: float = 1.0) -> Arm | None:
-        """The flush arm of this batch and learning rate with the most seeds, the first of equals."""
-        plain = [arm for arm in self.arms if arm.is_flush and dataclasses.replace(arm, lr_factor=1.0).is_plain]
-        flush = [arm for arm in plain if (arm.batch_size, arm.lr_factor) == (batch_size, lr_factor)]
+    def reference(self, batch_size: int, lr_factor: float = 1.0, optimizer: str = "adam", beta1: float = 0.9) -> Arm | None:
+        """The flush arm of this batch, learning rate and optimizer with the most seeds, the first of equals."""
+        flush = [
+            arm
+            for arm in self.arms
+            if arm.is_flush
+            and (arm.batch_size, arm.lr_factor, arm.optimizer, arm.beta1) == (batch_size, lr_factor, optimizer, beta1)
+            and dataclasses.replace(arm, lr_factor=1.0, optimizer="adam", beta1=0.9).is_plain
+        ]
         return max(flush, key=lambda arm: len(self.by_arm[arm]), default=None)
 
     def flush_curve(self, batch_size: int, count: int) -> st.Curve | None:
@@ -155,6 +171,7 @@ class Analysis:
             "max_drift": max(run.max_drift() for run in runs),
             "max_drift_bound": arm.max_drift(num_stages),
             "stage_mean_drift": arm.mean_drift(num_stages),
+            "weight_change": next((run.weight_change() for run in runs if run.weight_change() is not None), None),
             "validation_loss": loss._asdict(),
             "validation_perplexity": st.spread([math.exp(run.final_loss()) for run in runs])._asdict(),
             "training_loss": st.spread([fmean(run.training_losses()[-tail:]) for run in runs])._asdict(),
@@ -164,17 +181,24 @@ class Analysis:
         }
 
     def _against_flush(self, arm: Arm) -> dict[str, Any] | None:
-        """The relative difference of perplexity to flush at the same batch, by seed, beside flush's own spread."""
-        reference = self.reference(arm.batch_size, arm.lr_factor)
+        """The difference to flush at the same batch and rate."""
+        reference = self.reference(arm.batch_size, arm.lr_factor, arm.optimizer, arm.beta1)
         if reference is None or reference is arm:
             return None
+        difference = self.difference(arm, reference)
+        return None if difference is None else {"flush_arm": reference.name, **difference}
+
+    def difference(self, arm: Arm, reference: Arm) -> dict[str, Any] | None:
+        """The relative difference of perplexity to ``reference`` by seed, beside the spread of its loss; None if no seed
+        has trained both.
+        """
         flush = {run.seed: run.final_loss() for run in self.by_arm[reference]}
         pairs = [run.final_loss() - flush[run.seed] for run in self.by_arm[arm] if run.seed in flush]
         if not pairs:
             return None
         flush_std = st.spread(list(flush.values())).std
         difference = st.spread([math.expm1(d) for d in pairs])
-        return {"flush_arm": reference.name, "perplexity_change": difference._asdict(), "flush_loss_std": flush_std}
+        return {"perplexity_change": difference._asdict(), "flush_loss_std": flush_std}
 
     def threshold_rows(self) -> list[dict[str, Any]]:
         """For each batch and perplexity: seconds of every arm, and PACI's speed-ups."""
@@ -260,6 +284,7 @@ class Analysis:
             "planned_runs": len(runs),
             "finished_runs": sum(len(results) for results in self.by_arm.values()),
             "arms": self.arm_rows(),
+            "best": best_rows(self),
             "thresholds": self.threshold_rows(),
             "throughput": self.throughput_rows(),
         }

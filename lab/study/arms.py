@@ -208,19 +208,19 @@ def _best() -> Study:
     rates = (8.0, 4.0, 16.0, 2.0, 32.0, 1.0, 0.5)
     muon = tuple(Arm(schedule, 4, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5] for schedule in ("1f1b", "paci"))
     beta1 = tuple(Arm(schedule, 4, 32, lr_factor=2.0, beta1=b) for b in (0.95, 0.98) for schedule in ("1f1b", "paci"))
-    return dataclasses.replace(
-        _small(),
-        name="best",
-        tokens=327_680,
-        arms=(
-            *(Arm(schedule, 4, 32, lr_factor=lr) for lr in rates for schedule in ("1f1b", "paci")),
-            *(Arm("paci", 8, 32, lr_factor=lr) for lr in rates),
-            *muon,
-            *beta1,
-            *(Arm("paci", 16, 32, lr_factor=lr) for lr in rates),
-            *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5]),
-        ),
+    arms = (
+        *(Arm(schedule, 4, 32, lr_factor=lr) for lr in rates for schedule in ("1f1b", "paci")),
+        *(Arm("paci", 8, 32, lr_factor=lr) for lr in rates),
+        *muon,
+        *beta1,
+        *(Arm("paci", 16, 32, lr_factor=lr) for lr in rates),
+        *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5]),
+        # At a rate where PACI loses much: is it the delay or the inconsistency, and does it help to flush at first?
+        Arm("paci", 4, 32, lr_factor=8.0, weight_policy="stash"),
+        Arm("paci", 4, 32, lr_factor=8.0, start_fraction=0.25),
     )
+    arms = tuple(dataclasses.replace(arm, is_extra=True) for arm in arms)
+    return dataclasses.replace(_small(), name="best", tokens=327_680, arms=arms)
 
 
 def _processes() -> Study:

@@ -17,7 +17,9 @@ _FLUSH = "#555555"
 
 def write_figures(analysis: Analysis, report: dict[str, Any], folder: Path) -> list[str]:
     """Write every figure that the finished runs allow; returns the file names."""
-    names = []
+    names: list[str] = []
+    if not any(analysis.main_paci(batch_size) for batch_size in analysis.batch_sizes):
+        return []
     for name, draw in (
         ("loss_by_tokens.png", _loss_by_tokens),
         ("perplexity_by_time.png", _perplexity_by_time),

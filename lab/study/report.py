@@ -40,8 +40,15 @@ def markdown(report: dict[str, Any], figures: Sequence[str]) -> str:
             "and number of micro-batches; a third of it forward; transfers free).",
             "",
         ]
-    lines += _final(report) + _weight_copies(report) + _thresholds(report) + _variability(report) + _throughput(report)
-    lines += ["## Figures", "", *(f"![{name}]({name})" for name in figures), ""]
+    lines += (
+        _best(report)
+        + _final(report)
+        + _weight_copies(report)
+        + _thresholds(report)
+        + _variability(report)
+        + _throughput(report)
+    )
+    lines += ["## Figures" * bool(figures), "", *(f"![{name}]({name})" for name in figures), ""]
     return "\n".join(lines)
 
 
@@ -71,16 +78,25 @@ def _final(report: dict[str, Any]) -> list[str]:
                 str(len(row["seeds"])),
                 f"{row['max_drift']} (≤ {row['max_drift_bound']})",
                 f"{row['stage_mean_drift']:.2f}",
+                _number(row["weight_change"], "{:.2%}"),
                 _spread(row["validation_loss"], "{:.4f}"),
                 _spread(row["validation_perplexity"], "{:.2f}"),
-                "" if against is None else _spread(against["perplexity_change"], "{:+.2%}").replace("± +", "± "),
+                _against(against),
                 _spread(row["training_loss"], "{:.4f}"),
                 "" if perplexity is None else f"{perplexity[0]:.3f} ± {perplexity[1]:.3f}",
                 _number(loss, "{:.3f}"),
             ]
         )
     header = [
-        *("arm", "seeds", "max drift", "stage mean drift (N-1)/(2a)", "validation loss", "validation perplexity"),
+        *(
+            "arm",
+            "seeds",
+            "max drift",
+            "stage mean drift (N-1)/(2a)",
+            "drift, of the weights",
+            "validation loss",
+            "validation perplexity",
+        ),
         *("perplexity against flush", "training loss", "paper: perplexity", "paper: training loss"),
     ]
     note = (
@@ -100,6 +116,46 @@ def _final(report: dict[str, Any]) -> list[str]:
     )
 
 
+def _best(report: dict[str, Any]) -> list[str]:
+    """Each schedule at its own best rate: the perplexity at every rate, and the best one's against flush's best."""
+    if not report["best"]:
+        return []
+    factors = sorted({factor for row in report["best"] for factor in row["perplexity_by_lr_factor"]})
+    by_rate = [
+        [row["arms"], *(_number(row["perplexity_by_lr_factor"].get(factor), "{:.2f}") for factor in factors)]
+        for row in report["best"]
+    ]
+    best = [
+        [
+            row["arms"],
+            f"{row['best_lr']:.3g} (x{row['best_lr_factor']:g})" + ", the edge" * row["is_at_the_edge"],
+            str(len(row["seeds"])),
+            _spread(row["validation_perplexity"], "{:.2f}"),
+            _against(row["against_best_flush"]),
+            str(row["max_drift"]),
+            _number(row["weight_change"], "{:.2%}"),
+            _number(row.get("perplexity"), "{:g}"),
+            _number(row.get("speedup"), "{:.2f}x"),
+        ]
+        for row in report["best"]
+    ]
+    header = [
+        *("arms", "best peak rate", "seeds", "validation perplexity", "against flush at its best", "max drift"),
+        *("drift, of the weights", "perplexity ≤", f"speed-up over flush, same a, each at its best ({report['times_are']})"),
+    ]
+    note = (
+        "Perplexities by factor of the peak rate are over the seeds that all rates have. *The edge*: no higher or no lower "
+        "rate was trained, so the true best may lie beyond. Drift of the weights: the mean over the run, of the stage with "
+        "the most."
+    )
+    rates = ["arms", *(f"x{factor:g}" for factor in factors)]
+    return ["## Each at its own best rate", "", note, "", *_table(rates, by_rate), *_table(header, best)]
+
+
+def _against(difference: dict[str, Any] | None) -> str:
+    return "" if difference is None else _spread(difference["perplexity_change"], "{:+.2%}").replace("± +", "± ")
+
+
 def _weight_copies(report: dict[str, Any]) -> list[str]:
     rows = [
         [row["arm"], f"{row['copied_weight_bytes'] / 1e6:.2f} MB", _spread(row["validation_perplexity"], "{:.2f}")]
@@ -116,6 +172,8 @@ def _weight_copies(report: dict[str, Any]) -> list[str]:
 
 
 def _thresholds(report: dict[str, Any]) -> list[str]:
+    if not report["thresholds"]:
+        return []
     rows = []
     for row in report["thresholds"]:
         best = row["best_flush_microbatches_per_update"]
@@ -147,11 +205,13 @@ def _thresholds(report: dict[str, Any]) -> list[str]:
 
 
 def _variability(report: dict[str, Any]) -> list[str]:
-    rows = []
+    rows: list[list[str]] = []
     for row in report["arms"]:
         if row["training_loss_spread"] is not None:
             theirs = paper.TRAINING_LOSS_SPREAD.get(_paper_key(report, row)) if _is_plain(row) else None
             rows.append([row["arm"], f"{row['training_loss_spread']:.2e}", _number(theirs, "{:.2e}")])
+    if not rows:
+        return []
     note = (
         "Standard deviation over seeds of the training loss at each log line, its mean over the last two evaluation "
         "periods. Seeds here read the data in different orders, which is part of it."
@@ -160,6 +220,8 @@ def _variability(report: dict[str, Any]) -> list[str]:
 
 
 def _throughput(report: dict[str, Any]) -> list[str]:
+    if not report["throughput"]:
+        return []
     rows = [
         [
             str(row["batch_size"]),

@@ -99,7 +99,7 @@ def test_pointing_at_an_action_tells_what_it_is(page: Any) -> None:
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_selector("#timeline .hoverlayer .hovertext")
         for told in (page.locator("#timeline .hoverlayer").text_content(), page.locator("#details").text_content()):
-            for part in ("on stage ", "of micro-batch ", "weight version ", "waited "):
+            for part in ("on stage ", "of micro-batch ", "weight version ", " ms before"):
                 assert part in told
         page.mouse.move(5, 5)
 
@@ -124,6 +124,8 @@ def test_the_timeline_can_be_used_with_the_keyboard(page: Any) -> None:
     third = page.locator("#details").text_content()
     assert len({first, second, third}) == 3
     assert "stage 0" in first and "stage 0" in second and "stage 1" in third
+    page.wait_for_timeout(300)
+    assert page.locator("#timeline .hoverlayer").text_content() == third, "what is pointed at is what is told"
     page.get_by_role("button", name="zoom in").press("Enter")
     assert shown() != whole
 

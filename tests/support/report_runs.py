@@ -107,7 +107,9 @@ def write_trace(folder: Path, schedule: str, updates: int = EVAL, num_stages: in
         events: list[dict[str, Any]] = [{"event": "plan", "stage": stage, **size, "after_iteration": 0, "time_s": 1000.0}]
         iteration, before_s = 1, 0.0
         for span in run.spans:
-            times = {"start_s": before_s, "waiting_s": span.start_s - before_s, "compute_s": span.end_s - span.start_s}
+            # Of Megatron's own schedule waits are not traced.
+            begin_s = before_s if schedule == "paci" else span.start_s
+            times = {"start_s": begin_s, "waiting_s": span.start_s - begin_s, "compute_s": span.end_s - span.start_s}
             events.append({"event": "action", "iteration": iteration, "action": str(span.action), **times})
             iteration, before_s = iteration + (span.action.kind is Kind.UPDATE), span.end_s
         write_events(trace_path(folder, stage), [*events, {"event": "drain", "iteration": iteration - 1}])

@@ -124,6 +124,8 @@ def test_the_schedule_is_drawn_as_it_was_traced(both: str, tmp_path: Path) -> No
     drifts = [int(text.partition("drift ")[2][0]) for text in about if " on stage 0:" in text]
     assert sum(drifts) == (last - first + 1) * (made.N - 1) and max(drifts) == 1
     assert all("weight version" in text and "; waited " in text and " of micro-batch " in text for text in about)
+    flush = [text for t in drawn["data"] if t["yaxis"] == "y" for text in t["customdata"]]
+    assert all("; a gap of " in text for text in flush) and not any("waited" in text for text in flush)
     assert f"PACI, iterations {first} to {last} of {made.ITERATIONS}" in text_of(both)
 
 

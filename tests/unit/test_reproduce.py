@@ -263,6 +263,35 @@ def test_computed_speedups_of_equal_curves_are_those_of_the_schedules(analysis: 
     assert (throughput["flush_held_sequences"], throughput["paci_held_sequences"]) == (4, 8)
 
 
+def test_each_schedule_is_reported_at_its_own_best_rate() -> None:
+    arms = [Arm(schedule, 2, 4, lr_factor=factor) for schedule in ("1f1b", "paci") for factor in (1.0, 2.0, 4.0)]
+    muon = [dataclasses.replace(arm, optimizer="muon") for arm in arms if arm.lr_factor == 1]
+    final = dict(zip([*arms, *muon], [3.1, 3.0, 3.2, 3.3, 3.4, 3.5, 2.0, 2.1], strict=True))
+    study = study_of((*arms, *muon), (1, 2))
+    results = [
+        RunResult(arm, seed, events_of(study, arm, [6.0, 5.0, 4.0, loss], 0.1, 0 if arm.is_flush else 2))
+        for arm, loss in final.items()
+        for seed in ((1, 2) if arm.lr_factor == 2 else (1,))
+    ]
+    for result in results:
+        for event in result.events:
+            if event["event"] == "drain":
+                for stage in event["stages"]:
+                    stage["mean_weight_change"] = 0.01 * (3 - stage["stage_index"]) * (not result.arm.is_flush)
+    analysis = Analysis(study, results)
+    flush, paci = analysis.as_dict()["best"]  # Muon has one rate only
+    assert (flush["best_lr_factor"], flush["is_at_the_edge"], flush["seeds"]) == (2.0, False, [1, 2])
+    assert (paci["best_lr_factor"], paci["is_at_the_edge"], paci["weight_change"]) == (1.0, True, pytest.approx(0.03))
+    assert list(paci["perplexity_by_lr_factor"]) == [1.0, 2.0, 4.0]
+    assert flush["against_best_flush"] is None
+    assert paci["against_best_flush"]["perplexity_change"]["mean"] == pytest.approx(math.expm1(0.3))
+    # PACI is at exp(3.3) at the end, 4 * 2.3 s; flush, 5 s a period, after 0.7 of its last.
+    assert paci["speedup"] == pytest.approx(3.7 * 5.0 / (4 * 2.3), rel=5e-3)
+    muon_row = next(row for row in analysis.arm_rows() if row["arm"] == "paci-b4-a2-muon")
+    assert muon_row["against_flush"]["flush_arm"] == "flush-b4-a2-muon", "an optimizer is held against itself"
+    assert "| paci-b4-a2 |" in markdown(analysis.as_dict(), [])
+
+
 def test_measured_times_are_the_runs_own(analysis: Analysis) -> None:
     analysis.study = dataclasses.replace(analysis.study, is_emulated=False)
     assert [point.seconds for point in analysis.curve(analysis.arms[1])] == [7.0, 14.0, 21.0, 28.0]

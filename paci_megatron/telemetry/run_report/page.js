@@ -57,6 +57,7 @@ const drawAll = () => Object.keys(FIGURES).forEach(draw);
 const timeline = document.getElementById("timeline-0");
 const FULL = timeline && FIGURES.timeline && chosen("timeline")[0].layout.xaxis.range;
 let view = null;
+let pointing = 0;
 let current = null; // the action that the keyboard has chosen: its trace and number
 
 function timelineLayout(layout) {
@@ -82,11 +83,12 @@ const DO = {
   left: () => pan(-0.3), right: () => pan(0.3), in: () => zoom(0.5), out: () => zoom(2), all: () => show(FULL[0], FULL[1]),
 };
 
-// All actions of each row, in order of time. A row is a stage of a panel.
+// The actions of each row that can be seen at this zoom, in order of time. A row is a stage of a panel.
 function rows() {
   const found = new Map();
   timeline.data.forEach((trace, at) => {
     trace.y.forEach((stage, number) => {
+      if (trace.x[number] < (view[1] - view[0]) / 1000) return;
       const key = `${(trace.yaxis || "y").slice(1).padStart(4, "0")}/${String(stage).padStart(6, "0")}`;
       if (!found.has(key)) found.set(key, []);
       found.get(key).push({ at, number, begin: trace.base[number], length: trace.x[number] });
@@ -109,8 +111,9 @@ function choose(action) {
     const half = (view[1] - view[0]) / 2;
     show(action.begin - half, action.begin + half);
   }
-  Plotly.Fx.hover(timeline, [{ curveNumber: action.at, pointNumber: action.number }]);
   tell(action);
+  clearTimeout(pointing); // plotly.js forgets what comes in quick succession
+  pointing = setTimeout(() => Plotly.Fx.hover(timeline, [{ curveNumber: action.at, pointNumber: action.number }]), 80);
 }
 
 function step(key) {

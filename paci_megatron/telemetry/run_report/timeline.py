@@ -27,9 +27,15 @@ _TOKENS = {
 }
 
 
+_TRANSFERS = {
+    **{Kind.RECV_FORWARD: "receives the activation", Kind.SEND_FORWARD: "sends the activation"},
+    **{Kind.RECV_BACKWARD: "receives the gradient", Kind.SEND_BACKWARD: "sends the gradient"},
+}
+
+
 class Panel(NamedTuple):
     """A run's stages, measured or simulated, in iterations ``first`` and on. ``versions[stage]`` has the weight version of
-    each micro-batch's forward.
+    each micro-batch's forward. Without ``knows_waits`` what is before an action is a gap, of which nothing is known.
     """
 
     title: str
@@ -37,6 +43,7 @@ class Panel(NamedTuple):
     versions: list[dict[int, int]]
     first: int
     microbatches_per_update: int
+    knows_waits: bool
 
 
 def timeline(runs: Sequence[ReportedRun]) -> Figure:
@@ -78,13 +85,15 @@ def _iterations(trace: TraceReport, most: int) -> int:
 
 def _panels(run: ReportedRun, trace: TraceReport, iterations: int) -> list[Panel]:
     first, last = trace.middle(iterations)
-    measured = trace.stretch.spans(first, last)
+    measured, knows_waits = trace.stretch.spans(first, last), trace.stretch.schedule == "paci"
+    if not knows_waits:
+        measured = [_with_waits(stage) for stage in measured]
     simulated = [_with_waits(stage) for stage in trace.simulated_spans(Costs(trace.costs), first, last)]
     versions = [_forward_versions(stage) for stage in trace.stretch.stages]
     a = trace.stretch.microbatches_per_update
     return [
-        Panel(f"{run.label}, {how}", stages, versions, first, a)
-        for how, stages in (("measured", measured), ("simulated", simulated))
+        Panel(f"{run.label}, {how}", stages, versions, first, a, known)
+        for how, stages, known in (("measured", measured, knows_waits), ("simulated", simulated, True))
     ]
 
 
@@ -98,7 +107,7 @@ def _forward_versions(stage: StageStretch) -> dict[int, int]:
 
 
 def _with_waits(spans: Sequence[Span]) -> list[Span]:
-    """A simulated stage waits whenever it does nothing."""
+    """With the time in which the stage did nothing before each action."""
     return [*spans[:1], *(replace(now, waiting_s=now.start_s - before.end_s) for before, now in pairwise(spans))]
 
 
@@ -153,7 +162,7 @@ def _traces(panel: Panel, axis: str, unit: float, unit_name: str) -> Iterator[Pl
     for label, token in _TOKENS.items():
         if label in drawn:
             bars = [(stage, span.start_s, span.end_s - span.start_s) for stage, span, _ in drawn[label]]
-            texts = [f"{about}<br>{_times(span, unit, unit_name)}" for _, span, about in drawn[label]]
+            texts = [f"{about}<br>{_times(span, unit, unit_name, panel.knows_waits)}" for _, span, about in drawn[label]]
             trace = _bars(label, token, axis, unit, bars, texts)
             if label in ("forward", "backward"):
                 trace |= {"text": [str(span.action.index) for _, span, _ in drawn[label]], "textposition": "inside"}
@@ -162,7 +171,7 @@ def _traces(panel: Panel, axis: str, unit: float, unit_name: str) -> Iterator[Pl
                 trace["marker"]["opacity"] = [0.72 if is_odd else 1.0 for is_odd in odd]
             yield trace
     waits = [(stage, s) for stage, spans in enumerate(panel.stages) for s in spans if s.waiting_s * unit > 1e-3]
-    if waits:
+    if waits and panel.knows_waits:
         bars = [(stage, span.start_s - span.waiting_s, span.waiting_s) for stage, span in waits]
         texts = [f"stage {s}: waits {x.waiting_s * unit:.4g} {unit_name} for {_input(x)}" for s, x in waits]
         yield _bars("waiting", "@waiting", axis, unit, bars, texts)
@@ -181,9 +190,10 @@ def _bars(
     }
 
 
-def _times(span: Span, unit: float, name: str) -> str:
+def _times(span: Span, unit: float, name: str, knows_waits: bool) -> str:
     begin, end, waited = span.start_s * unit, span.end_s * unit, span.waiting_s * unit
-    return f"{begin:.5g} to {end:.5g} {name}, so {end - begin:.4g} {name}; waited {waited:.4g} {name} before"
+    before = f"waited {waited:.4g} {name}" if knows_waits else f"a gap of {waited:.4g} {name}"
+    return f"{begin:.5g} to {end:.5g} {name}, so {end - begin:.4g} {name}; {before} before"
 
 
 def _input(span: Span) -> str:
@@ -200,7 +210,7 @@ def _input(span: Span) -> str:
 def _about(panel: Panel, stage: int, span: Span, version: int) -> str:
     """What an action is, in words: the first lines of what is shown about it."""
     action = span.action
-    name = f"<b>{action}</b> on stage {stage}: {LABELS[action.kind]}"
+    name = f"<b>{action}</b> on stage {stage}: {_TRANSFERS.get(action.kind, LABELS[action.kind])}"
     a = panel.microbatches_per_update
     if action.kind in (Kind.UPDATE, Kind.REPORT, Kind.TOTAL):
         more = f"<br>weight version {version} becomes {version + 1}" if action.kind is Kind.UPDATE else ""
