@@ -88,10 +88,12 @@ def fold(num_processes: int, forward: int = 1, backward: int = 2, wait: int = 0)
     which the first process has a micro-batch in flight for the shortest time, found as the shortest path from the last
     process to the first; of those that are as good for some order of the first, the ones with the least peak.
     """
-    if not (num_processes >= 1 and forward >= 1 and backward >= 1 and forward + backward <= LONGEST and wait >= 0):
+    if num_processes < 1:
+        raise ValueError(f"a V of {num_processes} processes: give at least 1")
+    if not (forward >= 1 and backward >= 1 and forward + backward <= LONGEST and wait >= 0):
         raise ValueError(
-            f"no V of {num_processes} processes for a forward and backward of {forward}:{backward} and a wait of {wait}: "
-            f"give at least 1 process, whole lengths from 1 that make at most {LONGEST} together, and a wait of at least 0"
+            f"no V for a forward and backward of {forward}:{backward} and a wait of {wait}: give whole lengths from 1 that "
+            f"make at most {LONGEST} together, and a wait of at least 0"
         )
     period = 2 * (forward + backward)
     after = partial(_after, period)

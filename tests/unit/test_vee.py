@@ -251,7 +251,11 @@ def test_with_a_wait_transfers_cost_nothing_and_jitter_little(num_processes: int
     assert computing("paci-v:1:2:1", jitter=0.2) > 0.97 > 0.95 > computing("paci", jitter=0.2)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1, 2, 0), (2, 0, 2, 0), (2, 1, 0, 0), (2, 1, LONGEST, 0), (2, 1, 2, -1)])
+@pytest.mark.parametrize("arguments", [(2, 0, 2, 0), (2, 1, 0, 0), (2, 1, LONGEST, 0), (2, 1, 2, -1)])
 def test_what_is_no_fold_is_refused(arguments: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"no V of .* give at least 1 process"):
+    with pytest.raises(ValueError, match=r"no V for a forward and backward of .* give whole lengths from 1"):
         fold(*arguments)
+    with pytest.raises(ValueError, match="a V of 0 processes: give at least 1"):
+        fold(0)
+    with pytest.raises(ValueError, match=r"no V for a forward and backward of 1:20 and a wait of 0"):
+        find_schedule("paci-v:1:20:0")
