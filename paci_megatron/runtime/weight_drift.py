@@ -14,12 +14,13 @@ class WeightDrift:
 
     Of a sample, the same elements in every version: each k-th over all trained parameters of this rank, at most
     ``SAMPLE_SIZE`` of them, in fp32. Samples of the versions that micro-batches in flight were forwarded with are kept on
-    the device, max drift + 1 of them. Nothing here waits for the device.
+    the device, max drift + 1 of them. Nothing here waits for the device. Quantised parameters (``--fp8-param-gather``) are
+    left out: a part of one cannot be read without a copy of all of it.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], sample_size: int = SAMPLE_SIZE) -> None:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        self._step = -(-sum(parameter.numel() for parameter in trained) // sample_size)
+        trained = [p for p in parameters if p.requires_grad and type(p.data) is torch.Tensor]
+        self._step = max(1, -(-sum(parameter.numel() for parameter in trained) // sample_size))
         self._parts: list[tuple[torch.nn.Parameter, int]] = []  # and the first of its elements that is taken
         before = 0
         for parameter in trained:

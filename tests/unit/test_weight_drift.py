@@ -84,6 +84,21 @@ def test_the_sample_is_each_kth_element_over_all_trained_parameters() -> None:
     assert drift.take_window() == (None, [])
 
 
+class Quantised(torch.Tensor):
+    """A tensor of another class, as Transformer Engine's are."""
+
+
+def test_quantised_weights_are_left_out() -> None:
+    plain, quantised = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(5).as_subclass(Quantised))
+    drift = WeightDrift([quantised, plain])
+    drift.forwarded(0)
+    assert drift._samples[0].tolist() == [1.0] * 3
+    nothing = WeightDrift([quantised])
+    nothing.forwarded(0)
+    nothing.backwarded(0, 1)
+    assert nothing.take_window() == (None, [])
+
+
 def test_samples_of_versions_that_nothing_in_flight_has_met_are_let_go() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     drift = WeightDrift([parameter])
