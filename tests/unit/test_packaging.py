@@ -151,7 +151,8 @@ def test_every_module_of_the_cli_is_a_command() -> None:
 def test_the_commands_help_imports_nothing_slow() -> None:
     code = (
         "import sys; from paci_megatron.cli.main import main; assert main(['--help']) == main(['--version']) == 0; "
-        "import paci_megatron.cli.plan; assert not {'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules)"
+        "import paci_megatron.cli.plan, paci_megatron.cli.report; "
+        "assert not {'torch', 'megatron', 'numpy', 'matplotlib', 'plotly'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
