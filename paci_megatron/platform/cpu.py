@@ -29,12 +29,18 @@ _saved: list[tuple[Any, str, Any]] = []
 _active = False
 _poses = False  # as a GPU, see assumed.py
 _warning_filters: list[Any] = []
-_random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
+# What is said of a GPU that is not there, and repeated on every rank. The device's generator is the CPU's here, so the one
+# changing with the other is no sign of a mistake.
+_UNTRUE = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+# One line at start says what is used instead of what is missing; Megatron would say it once per module and process.
+_UNTRUE_WARNINGS = r".*(not installed.*(Falling back|Using)|Only transformer-engine|'pin_memory' argument is set as true)"
 
 
-def _is_no_generator_warning(record: logging.LogRecord) -> bool:
-    # Here the device's generator is the CPU's, so the one changing with the other is no sign of a mistake.
-    return "CPU RNG state changed" not in record.getMessage()
+def _is_true_here(record: logging.LogRecord) -> bool:
+    return _UNTRUE[record.name] not in record.getMessage()
 
 
 def is_active() -> bool:
@@ -58,9 +64,9 @@ def activate() -> bool:
     if torch.cuda.is_available():
         return False
     _warning_filters[:] = warnings.filters
-    # One line at start says what is used instead; Megatron would say what is missing once per module and process.
-    warnings.filterwarnings("ignore", message=r".*(not installed.*(Falling back|Using)|Only transformer-engine)")
-    _random_logger.addFilter(_is_no_generator_warning)
+    warnings.filterwarnings("ignore", message=_UNTRUE_WARNINGS)
+    for name in _UNTRUE:
+        logging.getLogger(name).addFilter(_is_true_here)
     for owner, name, replacement in _replacements():
         _saved.append((owner, name, getattr(owner, name)))
         setattr(owner, name, replacement)
@@ -74,7 +80,8 @@ def deactivate() -> None:
     if not _active:
         return
     _active = False
-    _random_logger.removeFilter(_is_no_generator_warning)
+    for name in _UNTRUE:
+        logging.getLogger(name).removeFilter(_is_true_here)
     warnings.filters[:] = _warning_filters  # type: ignore[index]
     while _saved:
         owner, name, original = _saved.pop()
@@ -285,6 +292,16 @@ def wrap_maybe_move_tensor_to_cpu(original: Callable[..., Any]) -> Callable[...,
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     return maybe_move_tensor_to_cpu
+
+
+def wrap_set_jit_fusion_options(original: Callable[..., None]) -> Callable[..., None]:
+    """What stands in the place of the warm-up of fused functions, all of which :func:`adapt_arguments` switches off."""
+
+    @functools.wraps(original)
+    def set_jit_fusion_options(tp_size: int | None = None) -> None:
+        pass
+
+    return set_jit_fusion_options
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:

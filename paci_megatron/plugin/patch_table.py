@@ -363,4 +363,12 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "lets --moe-token-dispatcher-type alltoall run without CUDA",
         cpu_only=True,
     ),
+    PatchPoint(
+        _TRAINING,
+        "set_jit_fusion_options",
+        cpu.wrap_set_jit_fusion_options,
+        "tp_size",
+        "would compile fused functions that are off without CUDA, for ten seconds and more",
+        cpu_only=True,
+    ),
 )
