@@ -19,7 +19,7 @@ from paci_megatron.runtime.emulate import run_to_update
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.saved import SavedActivations
-from paci_megatron.runtime.update import UpdateResult
+from paci_megatron.runtime.state import UpdateResult
 from paci_megatron.schedule.plan import Plan
 
 from .drains import Drains, MicrobatchForecast

@@ -28,7 +28,7 @@ from . import run as runs
 from .batch_growth import growth_warning
 from .checkpoints import check_load
 from .describe import describe
-from .groups import ProcessTransport, leave_room_for_transfers
+from .groups import leave_room_for_transfers, process_transport
 from .inputs import exit_on_config_error
 from .interval_timer import IntervalTimer
 from .layers import check_layers
@@ -166,7 +166,7 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
             process_groups = ProcessGroupCollection.use_mpu_process_groups()
             stage = Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)
             lag = record_lag(pipeline.size(), get_num_microbatches(), PaciConfig.from_args(args).slack)
-            stages, transport = [stage], ProcessTransport(args, stage, lag)
+            stages, transport = [stage], process_transport(args, stage, lag)
         run.start(stages, transport, optimizer)
         config = PaciConfig.from_args(args)
         for line in (*describe(config, args.clip_grad, get_num_microbatches()), *growth_warning(config, args)):

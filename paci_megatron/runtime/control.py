@@ -110,8 +110,8 @@ class Control:
         link: RecordLink,
         clipping: Clipping,
         lag: int,
-        before: Record,
-        loss_scale: LossScale,
+        before: Record = Record(),  # noqa: B008 - immutable
+        loss_scale: LossScale | None = None,
         agree: Callable[[Record], Record] = lambda record: record,
         on_total: Callable[[int, Record], None] = lambda update, total: None,
     ) -> None:
@@ -122,7 +122,7 @@ class Control:
         self._agree = agree
         self._on_total = on_total
         self._before = before
-        self._loss_scale = loss_scale
+        self._loss_scale = loss_scale if loss_scale is not None else LossScale(None)  # a scale of 1
         self._own: dict[int, Record] = {}
         self._reports: dict[int, Record] = {}  # with the later stages'
         self._totals: dict[int, Record] = {}

@@ -15,7 +15,7 @@ from paci_megatron.schedule.plan import Plan
 
 from .control import Record
 from .executor import Executor
-from .update import UpdateResult
+from .state import UpdateResult
 
 
 class InProcessLink:

@@ -11,12 +11,52 @@ import torch
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.schedule import Action, Kind
 
-from .compute import StageCompute
+from .control import Record
 from .links import StageLink
-from .state import InFlight, PipelineState
-from .update import StageUpdate, UpdateResult
+from .state import InFlight, PipelineState, UpdateResult
 from .weight_drift import WeightDrift
 from .weights import WeightVersions
+
+
+class Compute(Protocol):
+    """A stage's forwards and backwards. Megatron's are in :class:`.compute.StageCompute`."""
+
+    def forward(self, microbatch: int, input_tensor: torch.Tensor | None) -> torch.Tensor:
+        """The output for ``microbatch``, with its graph: an activation, or on the last stage the loss, a scalar.
+
+        ``input_tensor`` is a leaf that wants a gradient; None on the first stage.
+        """
+
+    def release_output(self, output_tensor: torch.Tensor) -> None:
+        """The output has been handed to the link: its data may be freed, its graph is still needed."""
+
+    def backward(self, entry: InFlight, output_gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Accumulate ``entry``'s gradients; returns that of its input, None on the first stage.
+
+        ``output_gradient`` is None on the last stage. The weights are those that the backward is to use, and may be newer
+        than the forward's: they changed in place, unseen by autograd (:meth:`Update.apply`).
+        """
+
+
+class Update(Protocol):
+    """A stage's optimizer steps. Megatron's are in :class:`.update.StageUpdate`. Updates count from 1 in each plan."""
+
+    def report(self, update: int, later: Record) -> None:
+        """The window's gradients are complete: send what is summed over the stages to the previous one.
+
+        ``later`` is the report of the later stages. :meth:`.control.Control.report` adds and sends.
+        """
+
+    def pass_total(self, update: int) -> None:
+        """Take the sum over all stages from the previous one and pass it on: :meth:`.control.Control.pass_total`."""
+
+    def apply(self, update: int) -> UpdateResult:
+        """Step the optimizer and clear the gradients. Micro-batches in flight have saved the weights for their backward:
+        the step belongs inside ``torch.autograd._unsafe_preserve_version_counter(parameters)``.
+        """
+
+    def finish(self) -> None:
+        """The plan ends at a drain."""
 
 
 class Listener(Protocol):
@@ -51,9 +91,9 @@ class Executor:
     def __init__(
         self,
         plan: Iterator[Action],
-        compute: StageCompute,
+        compute: Compute,
         link: StageLink,
-        update: StageUpdate,
+        update: Update,
         weights: WeightVersions,
         meter: StageMeter,
         listener: Listener | None = None,

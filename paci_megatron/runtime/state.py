@@ -22,6 +22,14 @@ class InFlight:
     forward_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What an update did: whether it was applied, and the global gradient norm of its window, if that is known already."""
+
+    successful: bool
+    grad_norm: float | None = None
+
+
 @dataclass
 class PipelineState:
     """The stage's counters since the plan began, and its micro-batches in flight, oldest first."""

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from .control import Control, Record
 from .device import HostCopy
+from .state import UpdateResult
 from .steps import OptimizerSteps, is_part_of
 from .tied_embeddings import TiedEmbedding
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What an update did: whether it was applied, and the global gradient norm of its window, if that is known already."""
-
-    successful: bool
-    grad_norm: float | None
 
 
 class WindowReadings(Protocol):

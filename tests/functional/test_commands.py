@@ -32,6 +32,13 @@ def test_any_script_runs_unmodified_under_the_module() -> None:
     assert float(after[-1]) < 0.8 * float(after[0]), "it learns"
 
 
+def test_plain_modules_are_trained_without_megatrons_loop() -> None:
+    status, output = torchrun("examples/plain_torch.py", processes=4)
+    assert status == 0, output[-3000:]
+    assert "stage 0: drift at most 2, on average 1.40 updates" in output
+    assert "the weights of all 4 stages equal the replay in one process, bit for bit" in output
+
+
 def test_a_stage_that_dies_ends_the_job_with_its_error(tmp_path: Path) -> None:
     script = tmp_path / "dying.py"
     script.write_text(

@@ -56,7 +56,7 @@ def exchange_by_plan(link: str, device: str = "cpu") -> LinkResult:
 def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from paci_megatron.plugin.groups import ProcessTransport
+    from paci_megatron.plugin.groups import process_transport
 
     args = argparse.Namespace(
         paci_link=link,
@@ -83,7 +83,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         tied_weight=lambda: weight if stage_index in (0, dist.get_world_size() - 1) else None,
     )
-    transport = ProcessTransport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
+    transport = process_transport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
         n, ahead = dist.get_world_size(), not transport.receives_hold_device
         plan = Plan("paci", n, A, even_slack(n, EXTRA), lambda update: update == UPDATES, ahead)

@@ -25,7 +25,7 @@ Incoming = Callable[..., DirectIncoming]
 
 
 class Network:
-    """The transport of one stage, as plugin/groups.py makes it over NCCL; groups are names here."""
+    """The transport of one stage, as runtime/groups.py makes it over NCCL; groups are names here."""
 
     receives_hold_device = True
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from paci_megatron.plugin import groups
-from paci_megatron.plugin.groups import Direction, Wanted, create_groups, leave_room_for_transfers, nccl_options, use_once
+from paci_megatron.plugin.groups import leave_room_for_transfers, make_group, nccl_options
+from paci_megatron.runtime import groups as runtime_groups
+from paci_megatron.runtime.groups import MAX_TIED_TURNS, Direction, ProcessTransport, Wanted, create_groups, use_once
 from paci_megatron.schedule import Kind
 from paci_megatron.schedule.schedules import even_slack, sends_in_flight
 from tests.support.plans import plans_of
@@ -77,12 +79,14 @@ def test_all_groups_are_made_at_once_in_one_order_and_only_those_over_nccl_have_
         made.append(named)
         return f"{named['group_desc']} {named['ranks']}"
 
-    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(groups.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(runtime_groups.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(runtime_groups.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(groups, "nccl_options", lambda args: "few")
     # Megatron's own function, which notes the group for --distributed-timeout-seconds-after-init.
     monkeypatch.setattr(groups.parallel_state, "create_group", create_group)
     mine = [Wanted("R", (0, 1, 2, 3), "gloo"), Wanted("B", (0, 1)), Wanted("A", (0, 1))]
-    assert create_groups(mine, 7, options="few") == ["R [0, 1, 2, 3]", "B [0, 1]", "A [0, 1]"]
+    made_here = create_groups(mine, make_group(namespace(distributed_timeout_minutes=7)))
+    assert made_here == ["R [0, 1, 2, 3]", "B [0, 1]", "A [0, 1]"]
     assert len(gathered) == 1
     order = [(named["group_desc"], *named["ranks"][:2], named["pg_options"]) for named in made]
     few = [("A", 0, 1, "few"), ("A", 2, 3, "few"), ("B", 0, 1, "few"), ("B", 1, 2, "few")]
@@ -95,18 +99,18 @@ def test_every_communicator_of_a_rank_has_a_stream_of_its_own(monkeypatch: pytes
     """PyTorch has 32 for them. Two on one stream could wait for each other; a long lag comes of a small ``a``."""
     asked: list[Wanted] = []
 
-    def create_groups(wanted: Sequence[Wanted], minutes: int, options: Any) -> list[Any]:
+    def create_groups(wanted: Sequence[Wanted], make: Any) -> list[Any]:
         asked.extend(wanted)
         return list(wanted)
 
-    monkeypatch.setattr(groups, "create_groups", create_groups)
-    transport = object.__new__(groups.ProcessTransport)
-    transport._args = namespace(distributed_timeout_minutes=7)
-    transport._ranks, transport._here, transport._before, transport._after = [0, 1, 2], 0, None, 1
-    transport._tied_weight = torch.nn.Parameter(torch.zeros(1))
-    directions = transport._create(record_lag)
+    used: list[Direction] = []
+    monkeypatch.setattr(runtime_groups, "create_groups", create_groups)
+    monkeypatch.setattr(runtime_groups, "use_once", lambda directions, place, device: used.extend(directions))
+    monkeypatch.setattr(runtime_groups.dist, "get_rank", lambda: 0)
+    tied = torch.zeros(1)
+    ProcessTransport([0, 1, 2], (1,), torch.float32, torch.device("cpu"), record_lag, over_nccl=True, tied=tied)
     over_nccl = [wanted for wanted in asked if wanted.backend is None]
-    assert len(over_nccl) == len(directions) == 2 + 2 * min(record_lag, groups.MAX_TIED_TURNS)
+    assert len(over_nccl) == len(used) == 2 + 2 * min(record_lag, MAX_TIED_TURNS)
     assert len(over_nccl) <= 32
 
 
@@ -115,7 +119,7 @@ def test_connections_are_made_in_two_steps_however_many_stages_there_are(
     monkeypatch: pytest.MonkeyPatch, num_stages: int
 ) -> None:
     used: list[Direction] = []
-    monkeypatch.setattr(groups, "_use_once", lambda direction, device: used.append(direction))
+    monkeypatch.setattr(runtime_groups, "_use_once", lambda direction, device: used.append(direction))
     ranks = [10 * stage for stage in range(num_stages)]
     queues = []
     for stage in range(num_stages):

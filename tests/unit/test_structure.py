@@ -118,6 +118,15 @@ def test_schedule_and_simulate_import_neither_torch_nor_megatron() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_runtime_trains_modules_without_megatron() -> None:
+    """All that examples/plain_torch.py needs; what is Megatron's comes in through the executor's protocols."""
+    code = (
+        "import sys, paci_megatron.runtime.executor, paci_megatron.runtime.groups, paci_megatron.runtime.emulate; "
+        "assert 'megatron' not in sys.modules, sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_only_plugin_platform_and_evaluate_know_megatrons_training_loop() -> None:
     users = {room(name_of(path)) for path in MODULES if uses(path, "megatron.training")}
     assert users <= {"plugin", "platform", "evaluate"} and "plugin" in users

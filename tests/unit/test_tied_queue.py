@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from paci_megatron.plugin.groups import MAX_TIED_TURNS
+from paci_megatron.runtime.groups import MAX_TIED_TURNS
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.records import record_lag
 from paci_megatron.schedule.schedules import even_slack
