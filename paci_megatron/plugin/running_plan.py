@@ -79,7 +79,7 @@ class RunningPlan:
             readings=stage.readings,
             tied=tied,
             # Older versions are put in place by copying, which a gather under way would write over.
-            after_step=(lambda: None) if config.weight_policy == "latest" else self.compute.param_gather.complete,
+            after_step=self.compute.renew_copies if config.weight_policy == "latest" else self.compute.param_gather.complete,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
         self._weight_drift = _weight_drift(plan, stage, config)

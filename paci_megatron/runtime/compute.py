@@ -101,8 +101,8 @@ class StageCompute:
         with self.model.no_sync() if overlaps and not completes_window else contextlib.nullcontext():
             return schedules.backward_step(entry.input_tensor, entry.output_tensor, output_gradient, self.config)
 
-    def weights_changed(self) -> None:
-        """An update was applied with micro-batches in flight: the next action may be a forward or a backward of any."""
+    def renew_copies(self) -> None:
+        """An update was applied: the next action may be a forward or a backward of any micro-batch."""
         if self._quantized.exist():
             self.param_gather.complete()
             self._quantized.renew()

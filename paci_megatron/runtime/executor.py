@@ -213,8 +213,6 @@ class Executor:
             self._weights.begin_update(self.state.in_flight)
             result = self._update.apply(update)
             self._weights.end_update()
-            if self.state.in_flight:  # else the next forward is the first of a window
-                self._compute.weights_changed()
         self._meter.count_update(successful=result.successful)
         self._meter.count_copies(self._weights.copied_bytes)
         return result
