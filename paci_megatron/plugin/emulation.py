@@ -181,15 +181,16 @@ def _tie(first: Stage, last: Stage) -> None:
 def _build_stage(
     index: int, num_stages: int, setup: Callable[..., Any], args: argparse.Namespace, *positional: Any, **named: Any
 ) -> Stage:
-    from megatron.training.initialize import _set_random_seed, set_jit_fusion_options
+    from megatron.training import training
+    from megatron.training.initialize import _set_random_seed
 
     world = StageWorld(PipelinePlace(index, num_stages))
     with world.active():
         _set_random_seed(
             args.seed, args.data_parallel_random_init, args.te_rng_tracker, args.inference_rng_tracker, pp_group=world.place
         )
-        # It draws random numbers, after seeding and before the model is built.
-        set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+        # Where fused functions are warmed up, that draws random numbers, after seeding and before the model is built.
+        training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
         model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
     meter = StageMeter(index, num_stages, torch.device(next(model[0].parameters()).device))
     return Stage(index, num_stages, model[0], optimizer, scheduler, world.groups, meter, world.active)

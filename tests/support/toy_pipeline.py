@@ -89,9 +89,6 @@ class Compute:
     def release_output(self, output: torch.Tensor) -> None:
         output.data = torch.empty(1)  # as Megatron does with --deallocate-pipeline-outputs; the graph stays
 
-    def weights_changed(self) -> None:
-        """Nothing is kept of the old ones."""
-
     def backward(self, entry: InFlight, gradient: torch.Tensor | None) -> torch.Tensor | None:
         # Past the check of shapes, which the emptied output would not pass.
         torch.autograd.Variable._execution_engine.run_backward(
