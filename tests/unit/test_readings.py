@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from paci_megatron.runtime.readings import Readings
 from paci_megatron.runtime.saved import SavedActivations
@@ -52,3 +55,24 @@ def test_saved_activations_count_each_storage_once_and_no_weights() -> None:
         third = (given @ weight).exp()
     assert saved.peak_bytes == (3 * 4 * 8) * 4, "what a backward has freed is not counted any more"
     (second.sum() + third.sum()).backward()
+
+
+def test_a_quantised_weight_is_a_weight_and_a_quantised_activation_counts_its_parts() -> None:
+    """Transformer Engine's tensors consist of others, and have no memory of their own."""
+    weight, activation = (TwoTensor(torch.ones(4), torch.ones(4)) for _ in range(2))
+    saved = SavedActivations([torch.nn.Parameter(weight)])
+    with saved.watched():
+        output = Keep.apply(torch.ones(2, requires_grad=True), weight, activation)
+    assert saved.peak_bytes == 2 * 4 * 4
+    output.sum().backward()
+
+
+class Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*kept)
+        return given * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradients[0] * len(ctx.saved_tensors), None, None

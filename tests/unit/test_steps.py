@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,14 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], by_group: bool) -> None:
         self.optimizer = Adam(parameters, by_group)
-        self.step = self.optimizer.step
+        self.config = SimpleNamespace(reuse_grad_buf_for_mxfp8_param_ag=False)
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        self.optimizer.step()
+        if self.config.reuse_grad_buf_for_mxfp8_param_ag:  # the new weights are gathered in the memory of all gradients
+            for gradient in self.gradients:
+                gradient.zero_()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -66,13 +74,14 @@ def gradients(seed: int) -> list[torch.Tensor]:
 class Stage:
     """A weight of its own and, if there is one, the tied embedding, stepped update by update."""
 
-    def __init__(self, by_group: bool, ties: bool) -> None:
+    def __init__(self, by_group: bool, ties: bool, gathers_in_gradients: bool = False) -> None:
         self.own, self.tied = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
         self.optimizer = Optimizer([self.own, self.tied] if ties else [self.own], by_group)
+        self.optimizer.config.reuse_grad_buf_for_mxfp8_param_ag = gathers_in_gradients
         self._steps, self._ties = OptimizerSteps(self.optimizer), ties
 
     def update(self, seed: int, applies: bool) -> None:
-        self.own.grad, self.tied.grad = gradients(seed)
+        self.own.grad, self.tied.grad = self.optimizer.gradients = gradients(seed)
         if not applies:
             self.own.grad = torch.full((4,), math.nan)
         for step in self._steps.due(applies, self.tied if self._ties else None):
@@ -110,3 +119,12 @@ def test_the_tied_embedding_is_stepped_in_every_update_and_stays_the_same_on_bot
     assert torch.equal(first.own, alone.own), "what is not tied is as if the skipped updates had never been"
     if by_group:
         assert first.optimizer.counts()[0] == 5 - len(skipped)
+
+
+def test_a_step_that_gathers_weights_in_the_gradients_memory_leaves_the_second_step_its_gradients() -> None:
+    """``--reuse-grad-buf-for-mxfp8-param-ag``: once one of the two has skipped, each update is two steps."""
+    usual, gathering = Stage(by_group=True, ties=True), Stage(by_group=True, ties=True, gathers_in_gradients=True)
+    for update in range(1, 6):
+        usual.update(update, update != 2)
+        gathering.update(update, update != 2)
+    assert torch.equal(usual.own, gathering.own) and torch.equal(usual.tied, gathering.tied)
