@@ -68,7 +68,6 @@ REFUSED: tuple[Refused, ...] = (
         "Use --optimizer muon without --use-distributed-optimizer",
         lambda value: value == "dist_muon",
     ),
-    Refused("--qk-clip", "qk_clip", "it changes weights that micro-batches in flight have yet to use", _REMOVE),
     Refused(
         "--perform-rl-step", "perform_rl_step", "reinforcement learning needs a flushed pipeline in every step", _REMOVE
     ),
@@ -172,7 +171,6 @@ SWITCHED_OFF: tuple[SwitchedOff, ...] = (
     SwitchedOff("--timing-log-level", "timing_log_level", 0, "its timers hold a barrier over all ranks"),
     SwitchedOff("--log-params-norm", "log_params_norm", False, _COLLECTIVE),
     SwitchedOff("--log-num-zeros-in-grad", "log_num_zeros_in_grad", False, _COLLECTIVE),
-    SwitchedOff("--log-max-attention-logit", "log_max_attention_logit", False, _COLLECTIVE),
     SwitchedOff("--log-energy", "log_energy", False, "it gathers from all ranks"),
     SwitchedOff("--log-straggler", "log_straggler", False, "it gathers from all ranks"),
     SwitchedOff("--train-sync-interval", "train_sync_interval", None, _DEVICE),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.optimizer.qk_clip import clip_qk
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.compute import StageCompute
@@ -46,6 +47,7 @@ class RunningPlan:
         self.stage = stage
         self.transport = transport
         self._log_interval: int = args.log_interval
+        self._weight_policy = config.weight_policy
         self._watches_loss = bool(args.paci_fallback) and stage.is_last
         a, lag = plan.microbatches_per_update, plan.record_lag
         stage.loss_scale.begin_plan(lag)
@@ -78,8 +80,7 @@ class RunningPlan:
             own_figures=self._own_figures,
             readings=stage.readings,
             tied=tied,
-            # Older versions are put in place by copying, which a gather under way would write over.
-            after_step=self.compute.renew_copies if config.weight_policy == "latest" else self.compute.param_gather.complete,
+            after_step=self._after_step,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
         self._weight_drift = _weight_drift(plan, stage, config)
@@ -114,6 +115,15 @@ class RunningPlan:
         if self.stage.trace is not None:
             self.stage.trace.end_plan()
         self.stage.last_total = self._control.last_total
+
+    def _after_step(self) -> None:
+        model_config = self.stage.model_config
+        if model_config.qk_clip or model_config.log_max_attention_logit:
+            self.stage.max_attention_logit = clip_qk([self.stage.model], log_max_only=not model_config.qk_clip)
+        if self._weight_policy == "latest":
+            self.compute.renew_copies()
+        else:  # older versions are put in place by copying, which a gather under way would write over
+            self.compute.param_gather.complete()
 
     def _finalize_gradients(self) -> None:
         self.stage.finalize_gradients()

@@ -63,6 +63,7 @@ class Stage:
         self.readings = Readings()
         self.loss_scale = LossScale(optimizer)
         self.last_total = Record()  # of all stages, of the last update before a drain
+        self.max_attention_logit = 0.0  # of the forwards between the last two updates, where Megatron is asked for it
         self.saved: SavedActivations | None = None  # counts what forwards leave for backwards, while it is wanted
         # The model decides, not the flag: a script may build an untied one of its own.
         shares = getattr(unwrap_model(model), "share_embeddings_and_output_weights", False)

@@ -36,7 +36,8 @@ def train_step(
     should_checkpoint, should_exit, exit_code = rerun_state_machine.should_checkpoint_and_exit()
     skipped = int(not all(update.successful for update in run.updates))
     averaged = average_losses(losses, run.stages[-1].groups.dp_cp)
-    return averaged, skipped, should_checkpoint, should_exit, exit_code, run.updates[-1].grad_norm, None, 0.0
+    logit = max(stage.max_attention_logit for stage in run.stages)
+    return averaged, skipped, should_checkpoint, should_exit, exit_code, run.updates[-1].grad_norm, None, logit
 
 
 def forward_backward_pipelining_paci(
