@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard paci_megatron lab tools pretrain_gpt_paci.py examples tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-older lint format clean distclean
+.PHONY: docs help venv demo test test-older lint format clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ $(OLDER_MEGATRON): $(INSTALLED)
 test-older: $(OLDER_MEGATRON)  ## run what depends most on Megatron with the oldest release that is supported
 	PYTHONPATH=$(abspath $(OLDER_MEGATRON)) OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/unit/test_patches.py \
 		tests/multiproc/test_user_code.py tests/multiproc/test_training.py
+
+docs: $(INSTALLED)  ## build the documentation site in build/site
+	$(RUN) -m mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## check style and types
 	$(RUN) -m ruff check $(SOURCES) setup.py
