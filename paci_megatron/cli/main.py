@@ -21,6 +21,7 @@ class Command(NamedTuple):
 # A module is imported when its command is run: importing Megatron takes seconds.
 COMMANDS = {
     "Before training": {
+        "doctor": Command("doctor", "this machine: what is installed, which kernels are used, one short verified training"),
         "preprocess": Command("preprocess", "text into Megatron's .bin/.idx, with Megatron's own tokenizers"),
         "check": Command("check", "whether a training command would be accepted, and what PACI would do and switch off"),
         "plan": Command("plan", "simulate PACI and other schedules: speed, memory, drift; draw and balance a trace"),
