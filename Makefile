@@ -40,7 +40,7 @@ test-older: $(OLDER_MEGATRON)  ## run what depends most on Megatron with the old
 		tests/multiproc/test_user_code.py tests/multiproc/test_training.py
 
 docs: $(INSTALLED)  ## build the documentation site in build/site
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(INSTALLED)  ## check style and types
 	$(RUN) -m ruff check $(SOURCES) setup.py
