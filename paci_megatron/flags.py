@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import ConfigError
+from .simulate.balance import layout, partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +224,8 @@ def one_chunk_a_stage(args: argparse.Namespace) -> list[str]:
     """Make a ``--pipeline-model-parallel-layout`` or ``--hybrid-layer-pattern`` of several chunks a stage one of one; the
     line that says so.
 
-    In a layout each stage keeps the number of layers that it had in all its chunks, in a pattern the number of chunks; the
-    model's layers keep their order.
+    A layout's stages get equal numbers of layers, as with ``--account-for-embedding-in-pipeline-split`` and
+    ``--account-for-loss-in-pipeline-split``. A pattern's keep their number of chunks. Layers keep their order.
     """
     num_stages = args.paci_emulate_stages or args.pipeline_model_parallel_size
     pattern, separator, mtp_pattern = (getattr(args, "hybrid_layer_pattern", None) or "").partition("/")
@@ -241,11 +242,14 @@ def one_chunk_a_stage(args: argparse.Namespace) -> list[str]:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     chunks = PipelineParallelLayerLayout.parse_str_to_list(text)
-    if len(chunks) <= num_stages or len(chunks) % num_stages:
+    parts = [part for chunk in chunks for part in chunk]
+    layers, ahead = parts.count(LayerType.decoder), parts.count(LayerType.mtp)
+    if len(chunks) <= num_stages or len(chunks) % num_stages or layers + 2 < num_stages:
         return []
-    counts = [sum(chunk.count(LayerType.decoder) for chunk in chunks[stage::num_stages]) for stage in range(num_stages)]
-    mtp = sum(chunk.count(LayerType.mtp) for chunk in chunks)
-    stages = ["t" * count for count in counts]
-    args.pipeline_model_parallel_layout = f"E{'|'.join(stages)}{'m' * mtp}L"
-    shown = "|".join([f"Et*{counts[0]}", *(f"t*{count}" for count in counts[1:])]) + "m" * mtp + "L"
-    return [f"--pipeline-model-parallel-layout has one chunk a stage under paci: {shown}; {_NO_BUBBLE}"]
+    # From the end, because of equally good partitions the first has less on the first stages, which are the last ones then.
+    counts = partition([1.0 + ahead, *[1.0] * layers, 1.0], [0.0] * num_stages)[::-1]
+    merged = args.pipeline_model_parallel_layout = layout(counts)[:-1] + "m" * ahead + "L"
+    return [
+        f"--pipeline-model-parallel-layout has one chunk a stage under paci: {merged}, which counts embedding (E), loss "
+        f"(L) and prediction ahead (m) as a layer each; {_NO_BUBBLE}"
+    ]

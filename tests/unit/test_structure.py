@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "usage",
     },
     "arguments": {"config"},
-    "flags": {"config"},
+    "flags": {"config", "simulate"},
     "config": {"schedule", "usage"},
     "usage": set(),
     "__main__": {"", "plugin"},
