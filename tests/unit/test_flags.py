@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lab.checks.flag_tables import GUIDE, with_tables
+from lab.checks.flag_tables import GUIDE, SUPPORTED, with_tables
 from paci_megatron.config import ConfigError
 from paci_megatron.flags import REFUSED, SWITCHED_OFF, Refused, SwitchedOff, adapt_flags
 
@@ -104,3 +104,10 @@ def test_a_hybrid_pattern_of_several_chunks_a_stage_becomes_one_of_one() -> None
 def test_the_guide_s_tables_are_those_of_the_code() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     assert with_tables(text) == text, "run python -m lab.checks.flag_tables"
+
+
+@pytest.mark.parametrize(("flag", "test"), [(flag, test) for flag, _, test in SUPPORTED])
+def test_what_the_guide_calls_supported_is_in_its_test_and_nowhere_refused_or_off(flag: str, test: str) -> None:
+    assert f'"{flag}"' in (GUIDE.parents[1] / "tests" / test).read_text(encoding="utf-8")
+    refused_or_off = {rule.flag for rule in REFUSED} | {rule.flag for rule in SWITCHED_OFF}
+    assert flag not in refused_or_off - {"--optimizer"}
