@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import paci_megatron
+from paci_megatron.plugin.early import check_early, world_size_of_environment
+from paci_megatron.plugin.inputs import exit_on_config_error, megatrons_refusals
+
+if TYPE_CHECKING:
+    import torch
 
 _PROGRAM_START = time.time()
 _SPIKE = 10.0  # --check-for-spiky-loss: how many times the largest loss so far
@@ -153,6 +157,7 @@ def loss_func(
     Returns the summed loss, the number of tokens in it, and both again (2,) to be averaged for the log.
     ``RuntimeError`` on a NaN or infinite loss unless ``--no-check-for-nan-in-loss-and-grad`` is given.
     """
+    import torch
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
@@ -255,7 +260,6 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron.training.datasets.sft_dataset import SFTDataset
 
     from paci_megatron.data.training_data import check_token_ids
-    from paci_megatron.plugin.inputs import exit_on_config_error
 
     args = get_args()
     with exit_on_config_error():
@@ -290,7 +294,9 @@ def embedding_ranks(pipeline: list[int]) -> list[int]:
 
 def main() -> None:
     """Run the training that the command line describes."""
-    paci_megatron.install()
+    with exit_on_config_error():
+        check_early(sys.argv[1:], world_size_of_environment())  # before Megatron is imported, which takes seconds
+        paci_megatron.install()
     run()
 
 
@@ -302,14 +308,14 @@ def run() -> None:
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from paci_megatron.data.training_data import check_training_files
-    from paci_megatron.plugin.inputs import exit_on_config_error
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     with exit_on_config_error():
         check_training_files(parse_args())
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    with exit_on_config_error(), megatrons_refusals():
+        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain(
         config,

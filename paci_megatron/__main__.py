@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import paci_megatron
+from paci_megatron.plugin.early import check_early, world_size_of_environment
+from paci_megatron.plugin.inputs import exit_on_config_error, refuse
 
 _USAGE = """\
 usage: torchrun <launcher options> -m paci_megatron SCRIPT [ARGS ...]
@@ -22,12 +24,13 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     script = Path(argv[0])
     if not script.is_file():
-        print(f"paci-megatron: error: {script}: no such file; the first argument is the training script", file=sys.stderr)
-        return 2
+        refuse(f"{script}: no such file. The first argument is the training script")
+    with exit_on_config_error():
+        check_early(argv[1:], world_size_of_environment())  # before Megatron is imported, which takes seconds
+        paci_megatron.install()
     # As if the script had been started directly: its arguments, and its folder first among the places of imports.
     sys.argv = [str(script), *argv[1:]]
     sys.path.insert(0, str(script.resolve().parent))
-    paci_megatron.install()
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -39,13 +39,8 @@ class PaciConfig:
 
         When stages are emulated, ``args.pipeline_model_parallel_size`` is their number.
         """
+        check_num_stages(args)
         num_stages = args.pipeline_model_parallel_size
-        if num_stages < 2:
-            raise ConfigError(
-                f"--pipeline-schedule paci with --pipeline-model-parallel-size {num_stages}: a pipeline of one stage has "
-                "no bubble and no other stage to run ahead of. Remove --pipeline-schedule paci, or give the pipeline two "
-                "stages or more, or emulate them in one process with --paci-emulate-stages N."
-            )
         if getattr(args, "virtual_pipeline_model_parallel_size", None) is not None:
             raise ConfigError(
                 f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} puts "
@@ -60,6 +55,7 @@ class PaciConfig:
         _check_layout(args)
         _check_packing(args)
         _check_weight_policy(args)
+        check_in_flight(args)
         return cls(
             num_stages,
             schedule=args.pipeline_schedule,
@@ -115,7 +111,8 @@ def check_options(args: argparse.Namespace) -> None:
             f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "
             "pipeline has one weight version. Add --pipeline-schedule paci, or remove the flag."
         )
-    if any(slack_of(args)) and args.pipeline_schedule != "paci":
+    slack_of(args)
+    if str(args.paci_extra_in_flight).strip("0,") and args.pipeline_schedule != "paci":
         raise ConfigError(
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
             "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
@@ -127,6 +124,38 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.paci_trace_dir is not None:
         _check_trace(args)
+
+
+def check_num_stages(args: argparse.Namespace) -> None:
+    """``ConfigError`` for a pipeline of one stage."""
+    num_stages = args.pipeline_model_parallel_size
+    if num_stages < 2:
+        raise ConfigError(
+            f"--pipeline-schedule paci with --pipeline-model-parallel-size {num_stages}: a pipeline of one stage has "
+            "no bubble and no other stage to run ahead of. Remove --pipeline-schedule paci, or give the pipeline two "
+            "stages or more, or emulate them in one process with --paci-emulate-stages N."
+        )
+
+
+def check_in_flight(args: argparse.Namespace) -> None:
+    """``ConfigError`` if the first stage could hold more micro-batches in flight than there are in the whole training, or if
+    the training ends before PACI begins.
+    """
+    iters, sizes = getattr(args, "train_iters", None), (args.global_batch_size, args.micro_batch_size)
+    if not iters or None in sizes:
+        return
+    if args.pipeline_schedule == "paci" and args.paci_start_iteration >= iters:
+        raise ConfigError(
+            f"--paci-start-iteration {args.paci_start_iteration} with --train-iters {iters}: the training ends before PACI "
+            f"begins. Give less than {iters}, or remove --pipeline-schedule paci."
+        )
+    num_stages, slack = args.paci_emulate_stages or args.pipeline_model_parallel_size, sum(slack_of(args))
+    total = iters * (args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
+    if args.step_batch_size_schedule is None and slack and num_stages + slack > total:
+        raise ConfigError(
+            f"--paci-extra-in-flight {args.paci_extra_in_flight}: {num_stages + slack} micro-batches in flight at the first "
+            f"stage, and the whole training has {total}. Give less: {num_stages - 1} hides most transfers."
+        )
 
 
 def slack_of(args: argparse.Namespace) -> tuple[int, ...]:

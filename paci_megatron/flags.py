@@ -32,13 +32,17 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class SwitchedOff:
-    """A flag without which training is the same: its value then, why it is off, and what that costs, if anything."""
+    """A flag without which training is the same: its value then, why it is off, and what that costs, if anything.
+
+    ``default`` is Megatron's own value where that is another: then the flag may be off without anybody having given it.
+    """
 
     flag: str
     attribute: str
     value: Any
     reason: str
     cost: str = ""
+    default: Any = None
 
     @property
     def line(self) -> str:
@@ -168,7 +172,11 @@ SWITCHED_OFF: tuple[SwitchedOff, ...] = (
     SwitchedOff("--delay-offload-until-cuda-graph", "delay_offload_until_cuda_graph", False, *_ACTIVATIONS),
     SwitchedOff("--offload-modules", "offload_modules", [], *_ACTIVATIONS),
     SwitchedOff("--moe-paged-stash", "moe_paged_stash", False, *_ACTIVATIONS),
-    SwitchedOff("--rerun-mode", "rerun_mode", "disabled", "it keeps every batch and asks all ranks in every iteration"),
+    SwitchedOff(
+        *("--rerun-mode", "rerun_mode", "disabled"),
+        "it keeps every batch and asks all ranks in every iteration",
+        default="validate_results",
+    ),
     SwitchedOff("--timing-log-level", "timing_log_level", 0, "its timers hold a barrier over all ranks"),
     SwitchedOff("--log-params-norm", "log_params_norm", False, _COLLECTIVE),
     SwitchedOff("--log-num-zeros-in-grad", "log_num_zeros_in_grad", False, _COLLECTIVE),
@@ -179,24 +187,30 @@ SWITCHED_OFF: tuple[SwitchedOff, ...] = (
 )
 
 
+def refusals(args: argparse.Namespace) -> list[str]:
+    """The reason for each flag that is refused under PACI."""
+    return [rule.message(value) for rule in REFUSED if rule.is_set(value := getattr(args, rule.attribute, None))]
+
+
 def adapt_flags(args: argparse.Namespace) -> list[str]:
     """Switch off what is to be off under PACI; returns a line for each.
 
     ``ConfigError`` with every reason at once for flags that are refused, and with ``--paci-strict`` for those that would be
     switched off.
     """
-    errors = [rule.message(value) for rule in REFUSED if rule.is_set(value := getattr(args, rule.attribute, None))]
-    lines = []
+    errors = refusals(args)
+    off_by_default: list[str] = []
+    lines: list[str] = []
     for rule in SWITCHED_OFF:
-        if getattr(args, rule.attribute, rule.value) not in (rule.value, None):
+        if (value := getattr(args, rule.attribute, rule.value)) not in (rule.value, None):
             setattr(args, rule.attribute, rule.value)
-            lines.append(rule.line)
+            (off_by_default if value == rule.default else lines).append(rule.line)
     lines += one_chunk_a_stage(args) + gather_in_the_step(args)
     if args.paci_strict:
         errors += [f"--paci-strict: {line}. Remove the flag, or --paci-strict." for line in lines]
     if errors:
         raise ConfigError("\n".join(errors))
-    return lines
+    return off_by_default + lines
 
 
 def gather_in_the_step(args: argparse.Namespace) -> list[str]:

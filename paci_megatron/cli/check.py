@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from paci_megatron import ConfigError, install
 from paci_megatron.platform import assumed
+from paci_megatron.plugin.check import check_command, check_without_megatron
 
 from .parser import CommandParser
 
@@ -48,24 +50,29 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not commands:
         parser.error("no command given")
     logging.disable(logging.WARNING)  # the answer is one line for each command
-    assumed.assume(names)
-    with contextlib.redirect_stderr(io.StringIO()):  # what optional packages say about themselves
-        install()
-    return 2 if sum([_answer(command) for command in commands]) else 0
+    return 2 if sum([_answer(command, names) for command in commands]) else 0
 
 
 def _begins_command(argv: Sequence[str], index: int) -> bool:
     return not argv[index].startswith("-") and (index == 0 or argv[index - 1] != "--assume")
 
 
-def _answer(command: list[str]) -> bool:
+def _answer(command: list[str], assumed_names: list[str]) -> bool:
     """Print what is said to a command; whether it cannot run."""
-    from paci_megatron.plugin.check import check_command
-
     try:
+        check_without_megatron(command)
+        _install(tuple(assumed_names))
         summary, *lines = check_command(command)
     except ConfigError as error:
         print(f"error: {error}", flush=True)
         return True
     print(f"ok: {summary}", *lines, sep="\n  ", flush=True)
     return False
+
+
+@functools.cache
+def _install(assumed_names: tuple[str, ...]) -> None:
+    """Imports Megatron, which takes seconds: once, and only for a command that needs it."""
+    assumed.assume(assumed_names)
+    with contextlib.redirect_stderr(io.StringIO()):  # what optional packages say about themselves
+        install()

@@ -20,7 +20,7 @@ from paci_megatron.simulate.engine import Costs, StageCosts
 from paci_megatron.telemetry.stage_times import measured_stages, run_microbatches
 from paci_megatron.telemetry.timelines import ENDINGS, check_ending, write_timelines
 from paci_megatron.telemetry.trace_report import TraceReport, describe_balance
-from paci_megatron.usage import require
+from paci_megatron.usage import require, require_writable
 
 from .parser import CommandParser
 
@@ -150,11 +150,14 @@ def _check(options: argparse.Namespace) -> None:
     require(bool(options.microbatches_per_update), "--microbatches-per-update is missing; give one or several, like 4 8 16")
     for a in options.microbatches_per_update:
         require(a >= 1, f"--microbatches-per-update {a}: give at least 1")
+    size = options.activation_bytes
+    require(size is None or 0 <= size < math.inf, f"--activation-bytes {size}: give a number of at least 0")
     for name in ("updates", "timeline_updates"):
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} {value}: give at least 1")
     if options.timeline is not None:
         check_ending(options.timeline)
+        require_writable("--timeline", options.timeline, makes_folder=True)
         several = len(options.microbatches_per_update) > 1 and options.trace is None
         require(not several, "--timeline draws one number of micro-batches; give one --microbatches-per-update")
 

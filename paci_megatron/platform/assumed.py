@@ -11,8 +11,6 @@ from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
-from . import cpu
-
 GPU_CAPABILITY = (9, 0)
 TE_VERSION = "2.9.0"
 
@@ -29,6 +27,8 @@ NAMES = ("gpu", *_PACKAGES)
 
 def assume(names: Collection[str]) -> None:
     """Let a GPU, Transformer Engine or Apex be there. To be called before Megatron is imported."""
+    from . import cpu  # which imports torch
+
     packages = {package for name in names for package in _PACKAGES.get(name, ())}
     if packages:
         sys.meta_path.insert(0, _Finder(packages))

@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from paci_megatron.schedule.schedules import speedup_limit
 
 from .batch_growth import calculator, growth_warning
 from .describe import describe
+from .early import check_early
+from .inputs import megatrons_refusals
 from .log import PREFIX
 
 LAUNCHER = "torch.distributed.run"
@@ -36,6 +37,7 @@ def check_command(command: list[str]) -> list[str]:
     The plugin must be installed (:func:`paci_megatron.install`).
     """
     script, flags, world_size = _launch(command)
+    check_early(flags, world_size, on_this_machine=False)
     variables = dict(word.split("=", 1) for word in command if re.match(r"[A-Z_]\w*=", word))
     with _as_first_process(script, flags, world_size, variables), _output_captured() as output:
         args = _validated()
@@ -47,18 +49,28 @@ def check_command(command: list[str]) -> list[str]:
     return [summary, *notes, *lines]
 
 
-def _launch(command: list[str]) -> tuple[str, list[str], int]:
-    """The script, its arguments and the number of processes of a torchrun command, whatever stands before it."""
-    from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+def check_without_megatron(command: list[str]) -> None:
+    """``ConfigError`` for what can be said without importing Megatron or torch."""
+    check_early(command[_launcher(command) + 1 :], None, on_this_machine=False)
 
+
+def _launcher(command: list[str]) -> int:
+    """The place of torchrun in a command."""
     at = next((i for i, word in enumerate(command) if word == LAUNCHER or Path(word).name == "torchrun"), None)
     if at is None:
         raise ConfigError(
             f"{shlex.join(command[:3])} ...: not a torchrun command. Write it with torchrun or -m {LAUNCHER}, and the "
             "numbers of nodes and of processes on each."
         )
+    return at
+
+
+def _launch(command: list[str]) -> tuple[str, list[str], int]:
+    """The script, its arguments and the number of processes of a torchrun command, whatever stands before it."""
+    from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+
     with _output_captured():
-        launch = get_args_parser().parse_args(command[at + 1 :])
+        launch = get_args_parser().parse_args(command[_launcher(command) + 1 :])
     if not launch.nproc_per_node.isdecimal():
         raise ConfigError(f"--nproc-per-node {launch.nproc_per_node}: the number is not known here. Write it out.")
     if not re.fullmatch(r"\d+(:\d+)?", launch.nnodes):
@@ -88,19 +100,13 @@ def _as_first_process(script: str, flags: list[str], world_size: int, variables:
 
 @contextlib.contextmanager
 def _output_captured() -> Iterator[io.StringIO]:
-    """What the body prints; when it ends the process or fails an assertion, as parsers and Megatron do, ``ConfigError``."""
+    """What the body prints; ``ConfigError`` when it ends the process, as parsers do, or Megatron refuses."""
     printed, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors), megatrons_refusals():
             yield printed
     except SystemExit as end:
         raise ConfigError(_reason(errors.getvalue()) or _reason(printed.getvalue()) or f"exit status {end.code}") from end
-    except ConfigError:
-        raise
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        # Many of Megatron's assertions have no message but the condition itself.
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        raise ConfigError(f"refused by Megatron: {' '.join(reason.split())}") from error
 
 
 def _reason(text: str) -> str:

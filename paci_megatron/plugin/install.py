@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
 from paci_megatron.platform import cpu
+
+from .inputs import MegatronError
 
 if TYPE_CHECKING:
     from .patch_table import PatchPoint
@@ -36,7 +40,7 @@ def install() -> None:
         from .patch_table import PATCH_POINTS
     except ImportError as error:
         cpu.deactivate()
-        raise RuntimeError(
+        raise MegatronError(
             f"the Megatron that Python finds lacks what paci-megatron needs ({error}). {_remedy()}"
         ) from error
     points = [point for point in PATCH_POINTS if not (point.gpu_only if on_cpu else point.cpu_only)]
@@ -45,7 +49,7 @@ def install() -> None:
     version = Version(megatron.core.__version__).public  # a checkout adds its commit
     if differences:
         cpu.deactivate()
-        raise RuntimeError(
+        raise MegatronError(
             f"megatron-core {version} ({os.path.dirname(megatron.core.__file__)}) is not one that paci-megatron fits:\n"
             + "\n".join(f"  {difference}" for difference in differences)
             + f"\n{_remedy()}"
@@ -81,7 +85,16 @@ def uninstall() -> None:
 
 
 def _remedy() -> str:
-    return f"Put one that was tested first on Python's path: pip install 'megatron-core=={TESTED_VERSIONS[-1]}'"
+    """What to do about a Megatron that does not fit, which depends on where Python found it."""
+    tested = f"megatron-core=={TESTED_VERSIONS[-1]}"
+    spec = importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") else None
+    if spec is None or spec.origin is None or "site-packages" in spec.origin:
+        return f"Install one that was tested: pip install '{tested}'"
+    checkout = Path(spec.origin).parents[2]
+    return (
+        f"Python finds the checkout {checkout} before what is installed. Take it out of PYTHONPATH, or start elsewhere, and "
+        f"{tested} from pip is used; or check out its release: git -C {checkout} checkout core_v{TESTED_VERSIONS[-1]}"
+    )
 
 
 def _find(point: PatchPoint) -> tuple[Any, str, Callable[..., Any]] | str:

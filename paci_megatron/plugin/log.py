@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch.distributed as dist
-
 PREFIX = "paci-megatron:"
 
 
@@ -17,5 +15,7 @@ def print_first_rank(line: str) -> None:
 
 def print_last_rank(line: str) -> None:
     """Where Megatron prints how a run goes on."""
+    import torch.distributed as dist
+
     if dist.get_rank() == dist.get_world_size() - 1:
         print(f"{PREFIX} {line}", flush=True)

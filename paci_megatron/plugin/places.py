@@ -10,12 +10,13 @@ from paci_megatron.config import ConfigError
 from paci_megatron.telemetry.metrics_file import check_events
 from paci_megatron.telemetry.trace_file import trace_path
 
-_FOLDERS = ("save", "non_persistent_global_ckpt_dir", "tensorboard_dir", "data_cache_path", "paci_trace_dir")
+FOLDERS = ("save", "non_persistent_global_ckpt_dir", "tensorboard_dir", "data_cache_path", "paci_trace_dir")
+"""The arguments that name a folder to write in; the last is the plugin's."""
 
 
 def check_places(args: argparse.Namespace) -> None:
     """``ConfigError`` if a file or folder that the run is to write cannot be, or holds what is not the run's to change."""
-    for name in _FOLDERS:
+    for name in FOLDERS:
         folder = getattr(args, name, None)
         if folder and "://" not in folder:
             _check_folder(f"--{name.replace('_', '-')} {folder}", Path(folder))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import FunctionType
+from typing import Any, NoReturn
 
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -28,8 +30,9 @@ from . import run as runs
 from .batch_growth import growth_warning
 from .checkpoints import check_load
 from .describe import describe
+from .early import check_numbers, check_rates, unknown_flag, without_effect
 from .groups import leave_room_for_transfers, process_transport
-from .inputs import exit_on_config_error
+from .inputs import exit_on_config_error, megatrons_refusals, refuse
 from .interval_timer import IntervalTimer
 from .layers import check_layers
 from .log import print_first_rank
@@ -53,9 +56,31 @@ def wrap_add_megatron_arguments(original: Function) -> Function:
         for action in parser._actions:  # a percent sign in a help text would be taken for a format and end --help
             if action.help:
                 action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
+            if isinstance(action.type, FunctionType):
+                action.type = _refusing(action.type)
+        known = list(parser._option_string_actions)
+
+        def error(message: str) -> NoReturn:
+            what, _, flag = message.partition(": ")
+            refuse(f"{unknown_flag(flag, known) if what == 'unrecognized arguments' else f'{message}.'} All options: --help")
+
+        parser.error = error  # argparse would print a thousand flags on each rank
         return parser
 
     return add_megatron_arguments
+
+
+def _refusing(read: Function) -> Function:
+    """A function that reads an option's value, with its ``KeyError``, which argparse lets through, as an error of usage."""
+
+    @functools.wraps(read)
+    def read_value(text: str) -> Any:
+        try:
+            return read(text)
+        except KeyError:
+            raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from None
+
+    return read_value
 
 
 def wrap_validate_args(original: Function) -> Function:
@@ -72,20 +97,23 @@ def wrap_validate_args(original: Function) -> Function:
                 lambda: adapt_flags(args) if runs_plans else [],
                 lambda: not_verified(args) if runs_plans else [],
                 lambda: check_installed(args),
+                lambda: check_numbers(args),
                 lambda: check_options(args),
                 lambda: check_layers(args),
                 lambda: check_emulation(args),
                 lambda: check_files(args),
                 lambda: shared_gpu.adapt_arguments(args),
             )
-        args.paci_set_up = [*adapt_to_installed(args), *lines]
+        args.paci_set_up = [*adapt_to_installed(args), *lines, *without_effect(args)]
         for line in args.paci_set_up:
             print_first_rank(line)
-        if not runs_plans:
-            return original(args, defaults)
-        with exit_on_config_error():
-            validated = original if args.paci_emulate_stages is None else partial(_validated_as_processes, original)
+        validated = original if args.paci_emulate_stages is None else partial(_validated_as_processes, original)
+        with exit_on_config_error(), megatrons_refusals():
             result = validated(args, defaults)
+            check_rates(args)
+        if not runs_plans:
+            return result
+        with exit_on_config_error():
             config = PaciConfig.from_args(args)
             transfer_timeout_s(args)
         if config.clip_mode == "none":

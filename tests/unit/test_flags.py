@@ -35,6 +35,9 @@ def test_an_ordinary_command_line_has_nothing_refused_or_switched_off(megatron_d
     # Megatron's default that asks all ranks in every iteration.
     (line,) = adapt_flags(argparse.Namespace(**{**vars(megatron_defaults.values), **vars(namespace())}))
     assert line.startswith("--rerun-mode is off under paci: ")
+    # Nobody gave it, so nobody can remove it.
+    strict = namespace(**{**vars(megatron_defaults.values), **vars(namespace()), "paci_strict": True})
+    assert adapt_flags(strict) == [line]
 
 
 @pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.flag)
