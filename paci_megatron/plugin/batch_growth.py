@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+from typing import TYPE_CHECKING
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.schedule.plan import Plan
 
+if TYPE_CHECKING:
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
 
 def calculator(args: argparse.Namespace) -> StepBatchsizeNumMicroBatchesCalculator:
     """Megatron's, of ``--step-batch-size-schedule``, at the beginning."""
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
     return StepBatchsizeNumMicroBatchesCalculator(
         args.micro_batch_size,
         args.data_parallel_size * args.gtp_weight_remat_size,

@@ -42,7 +42,7 @@ MEGATRON_NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 _TEXTS = (*FOLDERS[:-1], "load", "pretrained_checkpoint", "non_persistent_ckpt_type", "step_batch_size_schedule")
 _DEFAULTS = {
     **dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"), 1),
-    **{"ckpt_format": "torch_dist", "clip_grad": 1.0, "pipeline_model_parallel_layout": None},
+    **{"ckpt_format": "torch_dist", "clip_grad": 1.0, "pipeline_model_parallel_layout": None, "fp8": None},
 }
 # With these other files decide, and what is on the command line does not say enough.
 _ELSEWHERE = ("--yaml-cfg", "--use-checkpoint-args", "-h", "--help")
