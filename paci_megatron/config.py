@@ -98,32 +98,43 @@ def together(*checks: Callable[[], list[str] | None]) -> list[str]:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """``ConfigError`` if an option of PACI has a number that makes no sense, or is one that the schedule would not use."""
+    """``ConfigError`` if options of PACI have numbers that make no sense, or are some that the schedule would not use; a
+    line for each.
+    """
+    schedule, errors = args.pipeline_schedule, []
     for flag, name, makes_sense, meaning in NUMBERS:
         value = getattr(args, name)
         if not makes_sense(value):
-            raise ConfigError(f"{flag} {value}: must be {meaning}.")
+            errors.append(f"{flag} {value}: must be {meaning}.")
     # Megatron itself clips only above 0.
-    if args.pipeline_schedule == "paci" and not 0 <= args.clip_grad < math.inf:
-        raise ConfigError(f"--clip-grad {args.clip_grad}: must be a norm of gradients, or 0, which clips nothing.")
-    if args.paci_weight_policy != "latest" and args.pipeline_schedule != "paci":
-        raise ConfigError(
-            f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {args.pipeline_schedule}: a flushed "
-            "pipeline has one weight version. Add --pipeline-schedule paci, or remove the flag."
+    if schedule == "paci" and not 0 <= args.clip_grad < math.inf:
+        errors.append(f"--clip-grad {args.clip_grad}: must be a norm of gradients, or 0, which clips nothing.")
+    if args.paci_weight_policy != "latest" and schedule != "paci":
+        errors.append(
+            f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {schedule}: a flushed pipeline has "
+            "one weight version. Add --pipeline-schedule paci, or remove the flag."
         )
+    if args.paci_link != "p2p" and args.paci_emulate_stages is not None:
+        errors.append(
+            f"--paci-link {args.paci_link} with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages share a "
+            "process and hand tensors over. Remove one of the two."
+        )
+    for check in (_check_slack, _check_trace):
+        try:
+            check(args)
+        except ConfigError as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _check_slack(args: argparse.Namespace) -> None:
     slack_of(args)
     if str(args.paci_extra_in_flight).strip("0,") and args.pipeline_schedule != "paci":
         raise ConfigError(
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
             "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
         )
-    if args.paci_link != "p2p" and args.paci_emulate_stages is not None:
-        raise ConfigError(
-            f"--paci-link {args.paci_link} with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages share a "
-            "process and hand tensors over. Remove one of the two."
-        )
-    if args.paci_trace_dir is not None:
-        _check_trace(args)
 
 
 def check_num_stages(args: argparse.Namespace) -> None:
@@ -167,7 +178,9 @@ def slack_of(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _check_trace(args: argparse.Namespace) -> None:
-    """``ConfigError`` if a stage has several model chunks, which a trace does not tell apart."""
+    """``ConfigError`` if a trace is asked for and a stage has several model chunks, which it does not tell apart."""
+    if args.paci_trace_dir is None:
+        return
     for attribute in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         value = getattr(args, attribute, None)
         if value is not None:

@@ -43,8 +43,8 @@ COMMANDS: list[tuple[str, str, list[str]]] = [
     ),
     (
         f"torchrun --nproc-per-node 4 x.py {PACI} --bf16 --use-megatron-fsdp --paci-extra-in-flight -1 --clip-grad -1",
-        "error: 2 reasons:",
-        ["--use-megatron-fsdp does not work", "--paci-extra-in-flight -1: must be 0 or a number"],
+        "error: 3 reasons:",
+        ["--use-megatron-fsdp does not work", "--paci-extra-in-flight -1: must be 0 or a number", "--clip-grad -1.0: must"],
     ),
     (
         f"torchrun --nproc-per-node 4 x.py {PACI} --bf16".replace(
