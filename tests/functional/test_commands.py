@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from lab.processes import ROOT
+import pytest
+
+from lab.processes import CPU_ENVIRONMENT, ROOT
 from tests.support.torchrun import MODEL, torchrun
 
 
@@ -96,3 +99,45 @@ def test_usage_of_the_module() -> None:
     assert nothing.returncode == 2 and nothing.stderr.startswith("usage: ")
     missing = module("no/such/script.py")
     assert missing.returncode == 2 and "no/such/script.py: no such file" in missing.stderr
+
+
+def _blocks(page: str, heading: str) -> list[str]:
+    """The commands of ``page`` from ``heading`` on."""
+    return (ROOT / page).read_text(encoding="utf-8").partition(heading)[2].split("```\n")[1::2]
+
+
+def _shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """``script`` in ``folder``, where this checkout is installed."""
+    programs = folder / "bin"
+    programs.mkdir()
+    code = "import sys; from paci_megatron.cli.main import main; sys.exit(main())"
+    for name, command in (("paci-megatron", f"-c '{code}'"), ("torchrun", "-m torch.distributed.run")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **CPU_ENVIRONMENT, **path}
+    # A file: `pkill -f` would find the shell by what it is told.
+    (folder / "commands.sh").write_text(script)
+    return subprocess.run(["bash", "-e", "commands.sh"], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_for_ones_own_data(tmp_path: Path) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    done = _shell(tmp_path, _blocks("README.md", "### Your own data, end to end")[0])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("token perplexity") == 2
+    assert (tmp_path / "runs/mine/report.html").stat().st_size > 1e5 and (tmp_path / "runs/mine/loss.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_guides_kill_and_resume(tmp_path: Path) -> None:
+    start, kill, resume, *_ = _blocks("docs/user-guide.md", "To see it, in two shells")
+    waits = "for i in $(seq 600); do grep -q ' iteration *7[0-9]/' log && break; sleep 0.1; done"
+    # A folder of its own in place of runs/: `pkill -f` must find this run and no other.
+    script = f"({start}) > log 2>&1 & {waits}\n{kill}wait || true\n{start.rpartition('train killed')[0]}{resume}"
+    done = _shell(tmp_path, script.replace("runs/", f"{tmp_path}/runs/"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "at iteration 50" in done.stdout
+    killed, whole = [re.findall(rf'{name}.jsonl:"prefix".*"loss": (\S+),', done.stdout) for name in ("killed", "whole")]
+    assert killed == whole and len(whole) >= 1
