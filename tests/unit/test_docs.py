@@ -43,3 +43,12 @@ def test_the_site_needs_no_network(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert 'src="http' not in text and 'rel="stylesheet" href="http' not in text, page
+
+
+def test_the_readme_and_the_site_have_the_same_commands_for_ones_own_data() -> None:
+    """They are run from the README: tests/functional/test_commands.py."""
+    commands = [
+        (ROOT / page).read_text(encoding="utf-8").partition("# Your own data, end to end\n")[2].split("```\n")[1]
+        for page in ("README.md", "docs/try-it.md")
+    ]
+    assert commands[0] == commands[1] and "paci-megatron report" in commands[0]
