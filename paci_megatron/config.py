@@ -165,7 +165,7 @@ def check_in_flight(args: argparse.Namespace) -> None:
     if args.step_batch_size_schedule is None and slack and num_stages + slack > total:
         raise ConfigError(
             f"--paci-extra-in-flight {args.paci_extra_in_flight}: {num_stages + slack} micro-batches in flight at the first "
-            f"stage, and the whole training has {total}. Give less: {num_stages - 1} hides most transfers."
+            f"stage, and the whole training has {total}. Give at most {max(total - num_stages, 0)}."
         )
 
 

@@ -22,7 +22,7 @@ CACHED, DIRECT = partial(quantized_linears, cached=True), partial(quantized_line
 STALE = partial(quantized_linears, cached=True, renewed=False)
 
 
-@pytest.mark.parametrize("more", [[], ["--paci-extra-in-flight", "3"]], ids=["paci", "more-in-flight"])
+@pytest.mark.parametrize("more", [[], ["--paci-extra-in-flight", "2"]], ids=["paci", "more-in-flight"])
 @pytest.mark.parametrize(("num_stages", "a"), [(4, 1), (4, 3)])
 def test_forwards_and_backwards_read_the_newest_weights(
     corpus: str, one_process: OneProcess, num_stages: int, a: int, more: list[str]
