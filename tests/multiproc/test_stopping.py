@@ -103,7 +103,8 @@ def _begun_long_ago() -> Iterator[None]:
 def test_starting_with_flush(pool: GetPool, corpus: str) -> None:
     argv = arguments(corpus, 2, 2, iters=8)
     flush = pool(2).run("train", argv=argv)
-    assert_same_bits(flush, pool(2).run("train", argv=[*argv, *PACI, "--paci-start-iteration", "8"]))
+    # One window alone is what flush does.
+    assert_same_bits(flush, pool(2).run("train", argv=[*argv, *PACI, "--paci-start-iteration", "7"]))
     later = pool(2).run("train", argv=[*argv, *PACI, "--paci-start-iteration", "4"])
     # The first window of PACI still sees the weights of flush.
     assert later[-1].losses[:5] == flush[-1].losses[:5]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import paci_megatron
 from paci_megatron.runtime.saved import SavedActivations
+from paci_megatron.runtime.weight_drift import WeightDrift
 
 from .evaluation_jobs import (  # noqa: F401 - jobs by name
     adopted_arguments,
@@ -258,11 +259,14 @@ def _bare_megatron_on_cpu() -> Iterator[None]:
     import megatron.training.training as training
 
     saved = training.initialize_megatron, random._set_cuda_rng_state, dataset_utils.compile_helpers
+    warm_up = training.set_jit_fusion_options
     training.initialize_megatron = lambda **kwargs: saved[0](allow_no_cuda=True, **kwargs)
+    training.set_jit_fusion_options = lambda **kwargs: None  # what it warms up is off here, and it draws random numbers
     random._set_cuda_rng_state = cpu.set_rng_state
     dataset_utils.compile_helpers = lambda: None
     yield
     training.initialize_megatron, random._set_cuda_rng_state, dataset_utils.compile_helpers = saved
+    training.set_jit_fusion_options = warm_up
     cpu.deactivate()
 
 
@@ -291,6 +295,8 @@ def _measured_memory(result: TrainingResult, training: Any, models: list[Any]) -
         result.peak_weight_sized_tensors = max(result.peak_weight_sized_tensors, len(storages))
         return returned
 
+    # The samples by which drift is followed would be as large as these small weights.
+    sample_size, WeightDrift.__init__.__defaults__ = WeightDrift.__init__.__defaults__, (64,)
     # What earlier runs in this process have left does not count: neither gc.collect nor gc.get_objects sees it.
     gc.collect()
     gc.freeze()
@@ -298,6 +304,7 @@ def _measured_memory(result: TrainingResult, training: Any, models: list[Any]) -
     with contextlib.ExitStack() as stack:
         yield
     training.train_step = original
+    WeightDrift.__init__.__defaults__ = sample_size
     gc.unfreeze()
 
 
