@@ -24,7 +24,7 @@ from paci_megatron.schedule.plan import Plan
 
 from .drains import Drains, MicrobatchForecast
 from .flush_trace import FlushTrace, stage_trace
-from .groups import Wanted, create_groups
+from .groups import Wanted, create_groups, make_group
 from .log import print_last_rank
 from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
@@ -246,7 +246,7 @@ def keep_gradient_statistics_within_stage(optimizers: Sequence[Any], args: argpa
     if (args.num_distributed_optimizer_instances or 1) > 1:  # each instance has all the gradients of the stage
         instance = parallel_state.get_intra_distributed_optimizer_instance_group()
         ranks = set(get_process_group_ranks(shards)) & set(get_process_group_ranks(instance))
-        (shards,) = create_groups([Wanted("PACI_INSTANCE", tuple(sorted(ranks)))], args.distributed_timeout_minutes)
+        (shards,) = create_groups([Wanted("PACI_INSTANCE", tuple(sorted(ranks)))], make_group(args))
     for part in (part for whole in optimizers for part in getattr(whole, "chained_optimizers", [whole])):
         holds_experts = any(group.get("is_expert_parallel") for group in part.param_groups)
         if isinstance(part, DistributedOptimizer):

@@ -61,6 +61,7 @@ def test_sigterm_for_torchrun_after_a_save_loses_nothing(tmp_path: Path, more: t
     assert losses(tmp_path / "stopped.jsonl") == losses(tmp_path / "whole.jsonl")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_once_is_brought_back_by_torchrun(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
         folder = str(tmp_path / name)
