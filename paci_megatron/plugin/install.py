@@ -93,7 +93,8 @@ def _remedy() -> str:
     checkout = Path(spec.origin).parents[2]
     return (
         f"Python finds the checkout {checkout} before what is installed. Take it out of PYTHONPATH, or start elsewhere, and "
-        f"{tested} from pip is used; or check out its release: git -C {checkout} checkout core_v{TESTED_VERSIONS[-1]}"
+        f"{tested} from pip is used; or check out a tested release: "
+        f"git -C {checkout} checkout core_v{TESTED_VERSIONS[0]}"
     )
 
 
