@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import paci_megatron
+from paci_megatron.plugin import machine
 
 PROG = "paci-megatron"
 
@@ -32,14 +33,8 @@ COMMANDS = {
         "evaluate": Command("evaluate", "perplexity of a checkpoint on text or .bin/.idx, LAMBADA's accuracy"),
     },
 }
-EXTRAS = {
-    "datasets": "data",
-    "pyarrow": "data",
-    "tqdm": "data",
-    "matplotlib": "plot",
-    "plotly": "plot",
-    "tensorboard": "tensorboard",
-}
+# A module that several extras have is asked for by the first of them.
+EXTRAS = {module: extra for extra, modules in reversed(machine.EXTRAS.items()) for module in modules}
 """The extra of this package that installs a module which only some commands need."""
 
 

@@ -49,6 +49,23 @@ def check_command(command: list[str]) -> list[str]:
     return [summary, *notes, *lines]
 
 
+def default_kernels() -> list[str]:
+    """What layers, attention and optimizer this machine would use with Megatron's defaults, and which fusions are off.
+
+    The plugin must be installed.
+    """
+    from megatron.training.arguments import parse_args
+
+    from paci_megatron.platform import cpu
+    from paci_megatron.platform.without_te import adapt_to_installed
+
+    with _as_first_process("pretrain_gpt_paci.py", [], 1, {}), _output_captured():
+        args = parse_args()
+        if cpu.is_active():
+            cpu.adapt_arguments(args)
+        return adapt_to_installed(args)
+
+
 def check_without_megatron(command: list[str]) -> None:
     """``ConfigError`` for what can be said without importing Megatron or torch."""
     check_early(command[_launcher(command) + 1 :], None, on_this_machine=False)
