@@ -19,18 +19,9 @@ NUM_STAGES, MICROBATCHES, ITERATIONS = 2, 2, 8
 MODEL = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16"),
     *("--max-position-embeddings", "16", "--tokenizer-type", "NullTokenizer", "--vocab-size", "64", "--mock-data"),
-    *(
-        "--micro-batch-size",
-        "2",
-        "--global-batch-size",
-        str(2 * MICROBATCHES),
-        "--lr",
-        "5e-3",
-        "--lr-decay-style",
-        "constant",
-    ),
-    *("--eval-interval", "100", "--eval-iters", "1", "--log-interval", "1", "--num-workers", "0"),
-    *("--train-iters", str(ITERATIONS), "--pipeline-model-parallel-size", str(NUM_STAGES)),
+    *("--micro-batch-size", "2", "--global-batch-size", str(2 * MICROBATCHES), "--lr", "5e-3"),
+    *("--lr-decay-style", "constant", "--eval-interval", "100", "--eval-iters", "1", "--log-interval", "1"),
+    *("--num-workers", "0", "--train-iters", str(ITERATIONS), "--pipeline-model-parallel-size", str(NUM_STAGES)),
 )
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 _TIMEOUT_S = 300.0  # of one training; seconds where all is well

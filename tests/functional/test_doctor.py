@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lab.processes import CPU_ENVIRONMENT, ROOT
 
 
+@pytest.mark.slow
 def test_this_machine_trains_as_it_must_and_nothing_is_left_behind(tmp_path: Path) -> None:
     folder, temporary = tmp_path / "empty", tmp_path / "temporary"
     folder.mkdir()
