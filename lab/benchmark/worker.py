@@ -123,10 +123,11 @@ def _suppress_records() -> None:
     def receive(link: P2PLink) -> Record:
         return Record()
 
-    def send(link: P2PLink, record: Record) -> None:
+    def nothing(link: P2PLink, record: Record | None = None) -> None:
         pass
 
-    _replace(P2PLink, receive_report=receive, receive_total=receive, send_report=send, send_total=send)
+    _replace(P2PLink, receive_report=receive, receive_total=receive, send_report=nothing, send_total=nothing)
+    _replace(P2PLink, post_receive_report=nothing, post_receive_total=nothing)
 
 
 @contextlib.contextmanager

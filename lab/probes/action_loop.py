@@ -47,10 +47,14 @@ class _AloneLink:
 
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None: ...
 
+    def post_receive_report(self) -> None: ...
+
     def receive_report(self) -> Record:
         return Record()
 
     def send_report(self, record: Record) -> None: ...
+
+    def post_receive_total(self) -> None: ...
 
     def receive_total(self) -> Record | None:
         return None

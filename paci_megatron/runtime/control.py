@@ -74,11 +74,17 @@ class Record(NamedTuple):
 class RecordLink(Protocol):
     """A stage's records to and from its neighbours."""
 
+    def post_receive_report(self) -> None:
+        """Get ready for one more report; returns at once."""
+
     def receive_report(self) -> Record:
         """The next stage's report; an empty one on the last stage."""
 
     def send_report(self, record: Record) -> None:
         """To the previous stage; nothing on the first."""
+
+    def post_receive_total(self) -> None:
+        """Get ready for one more total; returns at once."""
 
     def receive_total(self) -> Record | None:
         """The total from the previous stage; None on the first."""

@@ -65,6 +65,9 @@ class InProcessLink:
         assert self._previous is not None
         self._previous._gradients.append((microbatch, gradient.detach()))
 
+    def post_receive_report(self) -> None:
+        """Nothing to get ready."""
+
     def receive_report(self) -> Record:
         """The next stage's report; an empty one on the last stage."""
         return Record() if self._following is None else self._reports.popleft()
@@ -73,6 +76,9 @@ class InProcessLink:
         """Hand a report to the previous stage, if there is one."""
         if self._previous is not None:
             self._previous._reports.append(record)
+
+    def post_receive_total(self) -> None:
+        """Nothing to get ready."""
 
     def receive_total(self) -> Record | None:
         """The total from the previous stage; None on the first."""

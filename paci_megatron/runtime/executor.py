@@ -137,6 +137,8 @@ class Executor:
             assert self._next is not None
             action, self._next = self._next, None
             self.current, self.since_s = action, time.monotonic()
+            if self.finished is None or self.finished.kind is Kind.UPDATE:
+                self._link.post_receive_report()  # of the window that begins
             self._listener.begin(action)
             # A range of this name in PyTorch's profiler and in nsys.
             with torch.profiler.record_function(str(action)):
@@ -204,6 +206,7 @@ class Executor:
 
     def _report(self, update: int) -> None:
         later = self._link.receive_report()
+        self._link.post_receive_total()
         self._listener.received()
         with self._meter.computing():
             self._update.report(update, later)

@@ -264,10 +264,16 @@ class _Records:
         """For ``hold`` see :class:`_Sends`."""
         self._group = group
         self._sends = _Sends(group, hold)
+        self._posted: deque[tuple[torch.Tensor, Any]] = deque()
 
-    def receive(self, source: int) -> Record:
+    def post(self, source: int) -> None:
+        # Ahead of its use: gloo sends only when it knows of the receive, and over a slow link that takes time.
         tensor = torch.empty(len(Record._fields), dtype=torch.float64)
-        dist.recv(tensor, src=source, group=self._group)
+        self._posted.append((tensor, dist.irecv(tensor, src=source, group=self._group)))
+
+    def receive(self) -> Record:
+        tensor, work = self._posted.popleft()
+        work.wait()
         return Record(*tensor.tolist())
 
     def send(self, record: Record, destination: int) -> None:
@@ -337,18 +343,28 @@ class P2PLink:
         assert self._previous is not None
         self._previous.outgoing.send(gradient)
 
+    def post_receive_report(self) -> None:
+        """See :class:`StageLink`."""
+        if self._following is not None:
+            self._reports.post(self._following.rank)
+
     def receive_report(self) -> Record:
         """See :class:`StageLink`."""
-        return Record() if self._following is None else self._reports.receive(self._following.rank)
+        return Record() if self._following is None else self._reports.receive()
 
     def send_report(self, record: Record) -> None:
         """See :class:`StageLink`."""
         if self._previous is not None:
             self._reports.send(record, self._previous.rank)
 
+    def post_receive_total(self) -> None:
+        """See :class:`StageLink`."""
+        if self._previous is not None:
+            self._totals.post(self._previous.rank)
+
     def receive_total(self) -> Record | None:
         """See :class:`StageLink`."""
-        return None if self._previous is None else self._totals.receive(self._previous.rank)
+        return None if self._previous is None else self._totals.receive()
 
     def send_total(self, record: Record) -> None:
         """See :class:`StageLink`."""

@@ -88,7 +88,3 @@ class FakeNetwork:
         """See ``torch.distributed.irecv``."""
         tensor.data.fill_(torch.nan)  # past autograd's version counter, as NCCL's kernels write
         return self._posted(tensor, group, src, threading.current_thread().name, receives=True)
-
-    def recv(self, tensor: torch.Tensor, src: int, group: Any) -> None:
-        """See ``torch.distributed.recv``."""
-        self.irecv(tensor, src, group).wait()
