@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from paci_megatron.schedule.schedules import parse_slack, speedup_limit
-from paci_megatron.simulate.engine import Costs, Simulation, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts
+from paci_megatron.simulate.engine import Simulation
 from paci_megatron.simulate.peers import Schedule, find_schedule
 from paci_megatron.usage import UsageError, require
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.simulate.peers import find_schedule
 
 NUM_STAGES = (8, 16, 32, 64, 128, 256, 512)

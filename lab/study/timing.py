@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from paci_megatron.schedule.schedules import one_f_one_b_flush, paci
-from paci_megatron.simulate.engine import Costs, StageCosts, simulate
+from paci_megatron.simulate.costs import Costs, StageCosts
+from paci_megatron.simulate.engine import simulate
 
 from .arms import Arm
 from .records import Event

@@ -15,8 +15,7 @@ from paci_megatron.schedule.schedules import speedup_limit
 from paci_megatron.simulate import peers
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
 from paci_megatron.simulate.comparison import aligned, choose_schedules, table
-from paci_megatron.simulate.costs import describe, parse_stage_ms
-from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts, describe, parse_stage_ms
 from paci_megatron.telemetry.stage_times import measured_stages, run_microbatches
 from paci_megatron.telemetry.timelines import ENDINGS, check_ending, write_timelines
 from paci_megatron.telemetry.trace_report import TraceReport, describe_balance
@@ -86,32 +85,47 @@ def _add_costs_arguments(parser: argparse.ArgumentParser) -> None:
         help="what that run was made with (default: what its file says)",
     )
     costs.add_argument("--update-ms", type=float, default=0, help="the optimizer step of a stage (default: 0)")
-    costs.add_argument("--latency-ms", type=float, default=0, help="of a transfer between neighbours (default: 0)")
+    costs.add_argument(
+        "--latency-ms", type=float, nargs="+", default=[0], help="of a transfer, for all links or one each (default: 0)"
+    )
     costs.add_argument("--transfer-bytes", type=float, default=0, help="size of one activation between stages (default: 0)")
-    costs.add_argument("--bandwidth-gb-per-s", type=float, help="of the link between neighbours (default: unlimited)")
+    costs.add_argument("--bandwidth-gb-per-s", type=float, nargs="+", help="of all links, or one each (default: unlimited)")
     costs.add_argument("--jitter", type=float, default=0, help="every action takes 1 +- this share of its time (default: 0)")
     costs.add_argument("--seed", type=int, default=0, help="of the jitter (default: 0)")
 
 
 def _read_costs(options: argparse.Namespace, traced: tuple[StageCosts, ...] = ()) -> Costs:
     """The costs that the options describe. ``traced`` are the stages of ``--trace``."""
-    for name in ("update_ms", "latency_ms", "transfer_bytes"):
-        value = getattr(options, name)
-        require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value:g}: give a number of at least 0")
-    bandwidth = options.bandwidth_gb_per_s
-    require(
-        bandwidth is None or bandwidth > 0,
-        f"--bandwidth-gb-per-s {bandwidth}: give more than 0, or leave it out for no limit",
-    )
+    for name, values in (
+        ("update-ms", [options.update_ms]),
+        ("transfer-bytes", [options.transfer_bytes]),
+        ("latency-ms", options.latency_ms),
+    ):
+        for value in values:
+            require(0 <= value < math.inf, f"--{name} {value:g}: give a number of at least 0")
+    bandwidths = options.bandwidth_gb_per_s or [math.inf]
+    for value in bandwidths:
+        require(value > 0, f"--bandwidth-gb-per-s {value}: give more than 0, or leave it out for no limit")
+    stages = _stages(options, traced)
+    for name, values in (("latency-ms", options.latency_ms), ("bandwidth-gb-per-s", bandwidths)):
+        message = (
+            f"--{name} has {len(values)} links; {len(stages)} stages have {len(stages) - 1}: give as many, or one for all"
+        )
+        require(len(values) in (1, len(stages) - 1), message)
     require(0 <= options.jitter < 1, f"--jitter {options.jitter:g}: give a share of the time, from 0 to below 1")
     return Costs(
-        _stages(options, traced),
-        latency_s=options.latency_ms / 1000,
+        stages,
+        latency_s=_by_link(options.latency_ms, 1e-3),
         message_bytes=options.transfer_bytes,
-        bandwidth_bytes_per_s=math.inf if bandwidth is None else bandwidth * 1e9,
+        bandwidth_bytes_per_s=_by_link(bandwidths, 1e9),
+        handshakes=any(options.latency_ms),
         jitter=options.jitter,
         seed=options.seed,
     )
+
+
+def _by_link(values: Sequence[float], unit: float) -> float | tuple[float, ...]:
+    return values[0] * unit if len(values) == 1 else tuple(value * unit for value in values)
 
 
 def _stages(options: argparse.Namespace, traced: tuple[StageCosts, ...]) -> tuple[StageCosts, ...]:

@@ -9,8 +9,10 @@ from statistics import fmean
 
 from paci_megatron.schedule.schedules import even_slack, flush_bubble_fraction, max_drift, speedup_limit
 
-from .engine import Costs, Simulation, StageCosts
+from .costs import Costs, StageCosts
+from .engine import Simulation
 from .peers import Schedule, find_schedule
+from .slack import cheapest_slack
 
 WORTHWHILE = 0.05
 """A smaller gain is not worth another optimization than the synchronous one."""
@@ -146,8 +148,9 @@ def _small_bubble(scenario: Scenario, paci: Outcome) -> list[str]:
 
 def _other_limits(scenario: Scenario, paci: Outcome, balance_gain: float, slowest_s: float) -> list[str]:
     reasons = []
-    if scenario.costs.link_s > slowest_s:
-        message, stage = f"{scenario.costs.link_s * 1000:g} ms", f"{slowest_s * 1000:g} ms"
+    link_s = max(scenario.costs.links_s)
+    if link_s > slowest_s:
+        message, stage = f"{link_s * 1000:g} ms", f"{slowest_s * 1000:g} ms"
         reasons.append(f"the links set the pace, a message occupies one for {message} and a stage computes for {stage}")
     if balance_gain > max(paci.speedup_vs_flush - 1, WORTHWHILE):
         reasons.append("balanced stages would gain more than PACI does, so balance them first")
@@ -206,6 +209,10 @@ def _more_in_flight(scenario: Scenario, paci: Outcome) -> list[str]:
     sentences = [sentence("paci:1", "One more micro-batch in flight (paci:1)")]
     if most > 1:
         sentences.append(sentence(f"paci:{most}", f"One more for each stage that follows (paci:{most})"))
+    slack = cheapest_slack(scenario.microbatches_per_update, scenario.costs, most=scenario.num_stages)
+    if any(slack):
+        name = f"paci:{','.join(map(str, slack))}"
+        sentences.append(sentence(name, f"The cheapest that hides nearly all of the waiting ({name})"))
     return sentences
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from .engine import StageCosts
+from .costs import StageCosts
 
 
 @dataclass(frozen=True, slots=True)

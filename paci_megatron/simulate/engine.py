@@ -8,65 +8,16 @@ the number of actions.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from paci_megatron.schedule.actions import COMPUTE_KINDS, Action, Kind
+from paci_megatron.schedule.actions import Action, Kind
 
-
-@dataclass(frozen=True)
-class StageCosts:
-    """Seconds that one stage takes for a micro-batch's forward and whole backward (all its chunks together) and an update.
-
-    ``weight_s`` is the part of the backward that computes weight gradients, half of it if None; only the zero-bubble
-    schedules run it apart.
-    """
-
-    forward_s: float
-    backward_s: float
-    weight_s: float | None = None
-    update_s: float = 0
-
-    @property
-    def weight_gradient_s(self) -> float:
-        """``weight_s``, whether given or not."""
-        return self.backward_s / 2 if self.weight_s is None else self.weight_s
-
-    def seconds(self, kind: Kind) -> float:
-        """What an action of this kind takes."""
-        return {
-            Kind.FORWARD: self.forward_s,
-            Kind.BACKWARD: self.backward_s,
-            Kind.INPUT_GRADIENT: self.backward_s - self.weight_gradient_s,
-            Kind.WEIGHT_GRADIENT: self.weight_gradient_s,
-            Kind.UPDATE: self.update_s,
-        }[kind]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What everything takes. Transfers overlap compute: a message occupies its link, one for each direction between two
-    neighbours, for ``message_bytes / bandwidth_bytes_per_s`` and arrives ``latency_s`` later.
-
-    With ``jitter`` J every action takes between 1-J and 1+J of its time, evenly distributed; the same ``seed`` gives the
-    same times.
-    """
-
-    stages: tuple[StageCosts, ...]
-    latency_s: float = 0
-    message_bytes: float = 0
-    bandwidth_bytes_per_s: float = math.inf
-    jitter: float = 0
-    seed: int = 0
-
-    @property
-    def link_s(self) -> float:
-        """How long a message occupies its link."""
-        return self.message_bytes / self.bandwidth_bytes_per_s if self.message_bytes else 0
+from .costs import Costs
+from .transfers import MESSAGES, Meeting, Routes, Transfers, make_routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +90,6 @@ class Simulation:
         return (marks[-1].drift_sum - marks[after_update].drift_sum) / backwards
 
 
-class _Route(NamedTuple):
-    """How an action runs: its duration, where its input arrives and where its output goes, if anywhere, and over which of
-    the stage's links: that of activations or of gradients, or none where the output stays, at the turns of a V.
-    """
-
-    duration_s: float
-    inbox: dict[int, float] | None = None
-    outbox: dict[int, float] | None = None
-    link: Kind | None = None
-
-
-_Routes = list[dict[Kind, _Route]]
-"""By chunk and kind."""
-
-
 def simulate(
     plans: Sequence[Iterable[Action]],
     costs: Costs,
@@ -163,21 +99,26 @@ def simulate(
     last_update: int | None = None,
     record: bool = False,
     allow_deadlock: bool = False,
+    synchronous: bool = False,
+    waits_for_sends: bool = False,
 ) -> Simulation:
     """Run the plans, one per stage, to their ends or up to ``last_update``, in which case they may be endless.
 
-    Transfer actions are implied by the others and ignored. ``folded`` is for two chunks in a V (schedule/vee.py), each with
-    its own updates. ``record`` keeps the spans. ``ValueError`` if some stage waits for ever, unless ``allow_deadlock``.
+    Without ``costs.handshakes`` transfer actions are implied by the others and ignored. With them, ``waits_for_sends`` is
+    Megatron's way: a stage waits for each send, or at once for it and the receive from the same neighbour that follows it;
+    and with ``synchronous`` every update waits for all stages. ``folded`` is for two chunks in a V (schedule/vee.py), each
+    with its own updates. ``record`` keeps the spans. ``ValueError`` if some stage waits for ever, unless ``allow_deadlock``.
     """
     if len(plans) != len(costs.stages):
         raise ValueError(f"{len(plans)} plans and costs of {len(costs.stages)} stages: give one StageCosts a plan")
     simulation = Simulation([StageRun() for _ in plans], chunks)
-    runners = [
-        _run(plan, routes, run, costs, stage, last_update, record)
-        for stage, (plan, routes, run) in enumerate(
-            zip(plans, _routes(costs.stages, chunks, folded), simulation.stages, strict=True)
-        )
-    ]
+    meeting = Meeting(costs.latencies_s) if synchronous and costs.handshakes else None
+    runners = []
+    for stage, (plan, routes) in enumerate(zip(plans, make_routes(costs, chunks, folded), strict=True)):
+        transfers = Transfers(routes, waits_for_sends) if costs.handshakes else None
+        random = Random(f"{costs.seed}/{stage}")
+        counts = _Counts(simulation.stages[stage], chunks)
+        runners.append(_run(plan, routes, transfers, meeting, counts, costs.jitter, random, last_update, record))
     # Dependencies run both ways along the pipeline, and so do the turns: to and fro.
     waiting, progress = list(enumerate(runners)), True
     while waiting and progress:
@@ -195,67 +136,86 @@ def simulate(
     return simulation
 
 
-def _routes(stages: Sequence[StageCosts], chunks: int, folded: bool) -> list[_Routes]:
-    """For each stage. Chunk c of stage s is part c*N+s of the model, in a V chunk 1 is part 2N-1-s; activations go up these
-    parts, gradients down.
+class _Counts:
+    """What one stage has done and what it holds.
+
+    A backward is matched with its forward by counting: they come in the same order on each chunk, except between flushes,
+    where there is no drift.
     """
-    num_stages, parts = len(stages), len(stages) * chunks
-    activations: list[dict[int, float]] = [{} for _ in range(parts)]
-    gradients: list[dict[int, float]] = [{} for _ in range(parts)]
 
-    def route(index: int, chunk: int, kind: Kind) -> _Route:
-        stage, rises = stages[index], folded and chunk == 1
-        part = parts - 1 - index if rises else chunk * num_stages + index
-        if kind is Kind.UPDATE:
-            return _Route(stage.update_s / chunks if folded else stage.update_s)
-        duration_s = stage.seconds(kind) if chunks == 1 else stage.seconds(kind) / chunks
-        if kind is Kind.WEIGHT_GRADIENT:
-            return _Route(duration_s)
-        step, boxes = (1, activations) if kind is Kind.FORWARD else (-1, gradients)
-        first, last = (0, parts - 1) if step == 1 else (parts - 1, 0)
-        # Up the second half of a V activations go where gradients go down the first.
-        link = (Kind.BACKWARD if rises else Kind.FORWARD) if step == 1 else (Kind.FORWARD if rises else Kind.BACKWARD)
-        stays = folded and {part, part + step} == {num_stages - 1, num_stages}
-        return _Route(
-            duration_s,
-            None if part == first else boxes[part],
-            None if part == last else boxes[part + step],
-            None if stays or part == last else link,
-        )
+    def __init__(self, run: StageRun, chunks: int) -> None:
+        self.run = run
+        self._backwards = self._drift_sum = 0
+        self._forwards, self._inputs, self._version, self._forward_version = ([0] * chunks for _ in range(4))
+        # The forwards done at each update that no backward has reached yet.
+        self._forwards_before = [deque[int]() for _ in range(chunks)]
 
-    return [
-        [{kind: route(index, chunk, kind) for kind in COMPUTE_KINDS} for chunk in range(chunks)]
-        for index in range(num_stages)
-    ]
+    def count(self, kind: Kind, chunk: int, now: float) -> None:
+        """An action of this kind ends."""
+        run = self.run
+        if kind is Kind.FORWARD:
+            self._forwards[chunk] += 1
+            run.peak_in_flight = max(run.peak_in_flight, sum(self._forwards) - self._backwards)
+        elif kind is Kind.UPDATE:
+            self._version[chunk] += 1
+            self._forwards_before[chunk].append(self._forwards[chunk])
+            if chunk == 0:
+                run.marks.append(_Mark(now, self._backwards, self._drift_sum))
+        else:
+            if kind is not Kind.WEIGHT_GRADIENT:
+                before = self._forwards_before[chunk]
+                while before and before[0] <= self._inputs[chunk]:
+                    before.popleft()
+                    self._forward_version[chunk] += 1
+                self._inputs[chunk] += 1
+                drift = self._version[chunk] - self._forward_version[chunk]
+                self._drift_sum += drift
+                run.max_drift = max(run.max_drift, drift)
+            if kind is not Kind.INPUT_GRADIENT:
+                self._backwards += 1
 
 
 def _run(
-    actions: Iterable[Action], routes: _Routes, run: StageRun, costs: Costs, stage: int, last: int | None, record: bool
+    actions: Iterable[Action],
+    routes: Routes,
+    transfers: Transfers | None,
+    meeting: Meeting | None,
+    counts: _Counts,
+    jitter: float,
+    random: Random,
+    last: int | None,
+    record: bool,
 ) -> Iterator[bool]:
     """One stage. Yields wherever it has to wait, and says whether it did anything since it last yielded.
 
-    The innermost loop of everything: kept in one function, with local variables, for speed.
+    The innermost loop of everything, with local variables for speed.
     """
     now: float = 0
-    moved, random = False, Random(f"{costs.seed}/{stage}")
-    backwards = drift_sum = 0
-    # A backward is matched with its forward by counting: they come in the same order on each chunk, except between flushes,
-    # where there is no drift. forwards_before holds the forwards done at each update that no backward has reached yet.
-    forwards, inputs, version, forward_version = ([0] * len(routes) for _ in range(4))
-    forwards_before = [deque[int]() for _ in routes]
-    link_s, latency_s, jitter = costs.link_s, costs.latency_s, costs.jitter
-    link_free_s = dict.fromkeys(Kind, 0.0)
+    moved, run = False, counts.run
     for action in actions:
         kind, index, chunk = action.kind, action.index, action.chunk
         route = routes[chunk].get(kind)
         if route is None:
+            if transfers is not None and kind in MESSAGES:
+                now = yield from transfers.perform(action, now)
             continue
-        duration_s, inbox, outbox, link = route
+        duration_s, inbox, outbox = route
+        if transfers is not None:
+            now = yield from transfers.wait(now)
         if inbox is not None:
-            while (arrival_s := inbox.pop(index, None)) is None:
+            while (arrival_s := inbox.sent.pop(index, None)) is None:
                 yield moved
                 moved = False
+            if transfers is not None and inbox.line is not None:
+                arrival_s = inbox.line.arrival_s(inbox.leaves_s(index, arrival_s))
             now = max(now, arrival_s)
+        if kind is Kind.UPDATE and meeting is not None:
+            meeting.arrive(index, now)
+            moved = True
+            while (end_s := meeting.end_s(index)) is None:
+                yield moved
+                moved = False
+            now = end_s
         moved = True
         if jitter:
             duration_s *= 1 + jitter * (2 * random.random() - 1)
@@ -263,28 +223,8 @@ def _run(
             run.spans.append(Span(action, now, now + duration_s))
         run.busy_s += duration_s
         run.end_s = now = now + duration_s
-        if link is not None:
-            sent_s = link_free_s[link] = max(now, link_free_s[link]) + link_s
-        if outbox is not None:
-            outbox[index] = now if link is None else sent_s + latency_s
-        if kind is Kind.FORWARD:
-            forwards[chunk] += 1
-            run.peak_in_flight = max(run.peak_in_flight, sum(forwards) - backwards)
-        elif kind is Kind.UPDATE:
-            version[chunk] += 1
-            forwards_before[chunk].append(forwards[chunk])
-            if chunk == 0:
-                run.marks.append(_Mark(now, backwards, drift_sum))
-            if chunk == 0 and index == last:
-                return
-        else:
-            if kind is not Kind.WEIGHT_GRADIENT:
-                while forwards_before[chunk] and forwards_before[chunk][0] <= inputs[chunk]:
-                    forwards_before[chunk].popleft()
-                    forward_version[chunk] += 1
-                inputs[chunk] += 1
-                drift = version[chunk] - forward_version[chunk]
-                drift_sum += drift
-                run.max_drift = max(run.max_drift, drift)
-            if kind is not Kind.INPUT_GRADIENT:
-                backwards += 1
+        if outbox is not None and transfers is None:
+            outbox.sent[index] = now if outbox.line is None else outbox.line.arrival_s(now)
+        counts.count(kind, chunk, now)
+        if kind is Kind.UPDATE and chunk == 0 and index == last:
+            return

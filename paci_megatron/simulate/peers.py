@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from paci_megatron.schedule.actions import Action, Kind, shared_action
-from paci_megatron.schedule.schedules import one_f_one_b_flush, paci, parse_slack
+from paci_megatron.schedule.schedules import one_f_one_b_flush, paci, parse_slack, with_transfers
 from paci_megatron.schedule.vee import fold, paci_v
 
-from .engine import Costs, Simulation, simulate
+from .costs import Costs
+from .engine import Simulation, simulate
 
 
 def interleaved(stage_index: int, num_stages: int, microbatches_per_update: int, chunks: int) -> Iterator[Action]:
@@ -70,12 +71,54 @@ def zero_bubble(stage_index: int, num_stages: int, microbatches_per_update: int,
         yield shared_action(Kind.UPDATE, update)
 
 
+def paired_transfers(actions: Iterable[Action]) -> Iterator[Action]:
+    """``actions`` of 1F1B with Megatron's transfers: each receive right before its use, each send at once."""
+    for action in actions:
+        kinds = _TRANSFERS.get(action.kind)
+        if kinds is None:
+            yield action
+        else:
+            yield Action(kinds[0], action.index, action.chunk)
+            yield action
+            yield Action(kinds[1], action.index, action.chunk)
+
+
+def overlapped_transfers(actions: Iterable[Action]) -> Iterator[Action]:
+    """``actions`` of interleaved 1F1B with Megatron's transfers (overlapped, its default): the receive of the next
+    forward, or backward, with the send of the one before it.
+    """
+    window: list[Action] = []
+    for action in actions:
+        window.append(action)
+        if action.kind is Kind.UPDATE:
+            following = {kind: iter([each for each in window if each.kind is kind]) for kind in _TRANSFERS}
+            awaited = {kind: next(following[kind]) for kind in _TRANSFERS}
+            for kind, first in awaited.items():
+                yield Action(_TRANSFERS[kind][0], first.index, first.chunk)
+            for each in window:
+                yield each
+                if each.kind in _TRANSFERS:
+                    receive, send = _TRANSFERS[each.kind]
+                    yield Action(send, each.index, each.chunk)
+                    if (awaits := next(following[each.kind], None)) is not None:
+                        yield Action(receive, awaits.index, awaits.chunk)
+            window = []
+
+
+_TRANSFERS = {
+    Kind.FORWARD: (Kind.RECV_FORWARD, Kind.SEND_FORWARD),
+    Kind.BACKWARD: (Kind.RECV_BACKWARD, Kind.SEND_BACKWARD),
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A schedule by name. ``actions(stage_index, num_stages, a, updates)`` is a stage's plan, which drains after ``updates``
     windows of ``a`` micro-batches. ``kept_weights`` says which older versions it keeps for backwards: none, one for each
     version in flight at the stage, or on every stage as many as the first needs. ``extra_in_flight`` is what PACI's
-    ``--paci-extra-in-flight`` says. ``folded`` is for the two chunks of a V.
+    ``--paci-extra-in-flight`` says. ``folded`` is for the two chunks of a V. ``transfers`` says how they are performed,
+    where costs have handshakes: as PACI posts them, as Megatron does for either of its schedules, or at no more than latency
+    and bandwidth.
     """
 
     name: str
@@ -86,6 +129,7 @@ class Schedule:
     updates_per_window: Callable[[int], int] = lambda a: 1
     extra_in_flight: str = "0"
     folded: bool = False
+    transfers: Literal["ideal", "ahead", "paired", "overlapped"] = "ideal"
 
     def problem(self, num_stages: int, microbatches_per_update: int) -> str | None:
         """Why the schedule does not exist for this size, if it does not."""
@@ -110,9 +154,29 @@ class Schedule:
         problem = self.problem(num_stages, a)
         if problem:
             raise ValueError(problem)
+        if self.transfers == "ideal":
+            costs = replace(costs, handshakes=False)
         plans = [self.actions(stage, num_stages, a, updates) for stage in range(num_stages)]
-        last_update = updates * self.updates_per_window(a)
-        return simulate(plans, costs, chunks=self.chunks, folded=self.folded, last_update=last_update, record=record)
+        if costs.handshakes:
+            plans = [self._with_transfers(plan, stage, num_stages, a, updates) for stage, plan in enumerate(plans)]
+        return simulate(
+            plans,
+            costs,
+            chunks=self.chunks,
+            folded=self.folded,
+            last_update=updates * self.updates_per_window(a),
+            record=record,
+            synchronous=self.transfers in ("paired", "overlapped"),
+            waits_for_sends=self.transfers == "paired",
+        )
+
+    def _with_transfers(
+        self, actions: Iterator[Action], stage: int, num_stages: int, a: int, updates: int
+    ) -> Iterator[Action]:
+        if self.transfers != "ahead":
+            return paired_transfers(actions) if self.transfers == "paired" else overlapped_transfers(actions)
+        slack = parse_slack(self.extra_in_flight, num_stages)
+        return with_transfers(actions, stage, num_stages, a, lambda update: update == updates, slack, gradients_ahead=True)
 
 
 def _paci(stage: int, num_stages: int, a: int, updates: int, extra_in_flight: str = "0") -> Iterator[Action]:
@@ -128,14 +192,14 @@ def _paci_v(stage: int, num_stages: int, a: int, updates: int, lengths: tuple[in
 
 
 _PLAIN = {
-    "1f1b": Schedule("1f1b", "1F1B-flush", lambda stage, n, a, updates: one_f_one_b_flush(stage, n, a)),
+    "1f1b": Schedule("1f1b", "1F1B-flush", lambda stage, n, a, updates: one_f_one_b_flush(stage, n, a), transfers="paired"),
     "zb-h1": Schedule("zb-h1", "ZB-H1", lambda stage, n, a, updates: zero_bubble(stage, n, a, level=1)),
     "zb-2p": Schedule("zb-2p", "ZB-H2 (2p)", lambda stage, n, a, updates: zero_bubble(stage, n, a, level=2)),
     # Narayanan et al., arXiv 2006.09503: all micro-batches of a window use the weights of one update before it.
     "pipedream-2bw": Schedule("pipedream-2bw", "PipeDream-2BW", _paci, kept_weights="uniform"),
     # Harlap et al., arXiv 1806.03377: an update after every micro-batch, weights stashed for each in flight.
     "pipedream": Schedule("pipedream", "PipeDream", _pipedream, kept_weights="in flight", updates_per_window=lambda a: a),
-    "paci": Schedule("paci", "PACI", _paci),
+    "paci": Schedule("paci", "PACI", _paci, transfers="ahead"),
     "paci-v": Schedule("paci-v", "PACI-V", _paci_v, chunks=2, folded=True),
 }
 
@@ -152,7 +216,7 @@ def find_schedule(name: str) -> Schedule:
         return _PLAIN[base]
     if base == "paci" and all(each.isdecimal() for each in number.split(",")):
         actions = partial(_paci, extra_in_flight=number)
-        return Schedule(name, f"PACI, k={number}", actions, extra_in_flight=number)
+        return Schedule(name, f"PACI, k={number}", actions, extra_in_flight=number, transfers="ahead")
     lengths = number.split(":")
     if base == "paci-v" and len(lengths) == 3 and all(each.isdecimal() for each in lengths):
         forward, backward, wait = map(int, lengths)
@@ -161,7 +225,9 @@ def find_schedule(name: str) -> Schedule:
         return Schedule(name, f"PACI-V, {forward}:{backward}, wait {wait}", actions, chunks=2, folded=True)
     if number.isdecimal() and base == "interleaved" and int(number) >= 2:
         chunks = int(number)
-        return Schedule(name, f"interleaved, v={chunks}", partial(_interleaved, chunks=chunks), chunks)
+        return Schedule(
+            name, f"interleaved, v={chunks}", partial(_interleaved, chunks=chunks), chunks, transfers="overlapped"
+        )
     raise ValueError(f"{name!r} is no schedule: choose from {NAMES} (at least 2 chunks)")
 
 

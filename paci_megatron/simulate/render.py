@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from paci_megatron.schedule.actions import COMPUTE_KINDS, Action
 
-from .engine import Costs, Span, StageCosts, simulate
+from .costs import Costs, StageCosts
+from .engine import Span, simulate
 
 Timelines = Mapping[str, Sequence[Sequence[Span]]]
 """For each schedule, by its title, the spans of each stage in order."""

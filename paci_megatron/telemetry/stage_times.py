@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paci_megatron.simulate.engine import StageCosts
+from paci_megatron.simulate.costs import StageCosts
 from paci_megatron.usage import require
 
 from .metrics_file import read_metrics

@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any
 
 from paci_megatron.schedule import Action, Kind
-from paci_megatron.simulate.engine import Span, StageCosts
+from paci_megatron.simulate.costs import StageCosts
+from paci_megatron.simulate.engine import Span
 
 from .metrics_file import iter_metrics
 

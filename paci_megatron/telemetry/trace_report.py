@@ -11,7 +11,8 @@ from paci_megatron.schedule import Kind
 from paci_megatron.schedule.actions import COMPUTE_KINDS, TRANSFER_KINDS
 from paci_megatron.simulate.advice import Scenario
 from paci_megatron.simulate.balance import Model, layout
-from paci_megatron.simulate.engine import Costs, Simulation, Span, simulate
+from paci_megatron.simulate.costs import Costs
+from paci_megatron.simulate.engine import Simulation, Span, simulate
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.simulate.render import Timelines
 from paci_megatron.usage import UsageError, require

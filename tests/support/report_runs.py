@@ -10,7 +10,8 @@ from typing import Any
 
 from paci_megatron.schedule import Kind, one_f_one_b_flush, paci
 from paci_megatron.schedule.schedules import flush_bubble_fraction, max_drift
-from paci_megatron.simulate.engine import Costs, StageCosts, simulate
+from paci_megatron.simulate.costs import Costs, StageCosts
+from paci_megatron.simulate.engine import simulate
 from paci_megatron.telemetry.trace_file import trace_path
 
 N, A, ITERATIONS, LOG, EVAL = 4, 4, 48, 4, 16

@@ -22,7 +22,7 @@ from lab.benchmark.settings import (
     parse_stage_ms,
 )
 from paci_megatron.schedule import Kind
-from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.usage import UsageError
 
 TIMED = Settings(("1f1b", "paci", "interleaved:2"), (4,), (4,), TIMED_MODEL, stage_ms=((100, 200),), jitter=0.2, seed=3)

@@ -16,8 +16,7 @@ from lab.study import many_stages
 from paci_megatron.cli.plan import main
 from paci_megatron.schedule.schedules import even_slack, max_drift
 from paci_megatron.simulate.advice import Scenario, advise, smallest_a
-from paci_megatron.simulate.costs import parse_stage_ms
-from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts, parse_stage_ms
 from paci_megatron.simulate.peers import find_schedule
 from paci_megatron.telemetry import timelines
 from paci_megatron.telemetry.stage_times import measured_stages

@@ -19,7 +19,8 @@ from paci_megatron.schedule import Action, Kind, format_actions, parse_actions
 from paci_megatron.schedule.actions import COMPUTE_KINDS
 from paci_megatron.schedule.schedules import even_slack, flush_bubble_fraction, max_drift, max_in_flight, speedup_limit
 from paci_megatron.simulate.advice import Scenario
-from paci_megatron.simulate.engine import Costs, Simulation, StageCosts, simulate
+from paci_megatron.simulate.costs import Costs, StageCosts
+from paci_megatron.simulate.engine import Simulation, simulate
 from paci_megatron.simulate.export import to_chrome_trace, to_csv, to_html
 from paci_megatron.simulate.peers import find_schedule, interleaved
 from paci_megatron.simulate.render import render_plans, render_timelines
@@ -167,7 +168,7 @@ def test_slowest_stage_and_update_set_the_pace() -> None:
 
 def test_bandwidth_delays_then_limits() -> None:
     fast, slow = (Costs((StageCosts(1, 2),) * 2, message_bytes=40, bandwidth_bytes_per_s=b) for b in (40, 10))
-    assert fast.link_s == 1 and slow.link_s == 4
+    assert fast.links_s == (1,) and slow.links_s == (4,)
     # Fast enough, a message's time on the link is latency; else messages queue and the link sets the pace.
     assert period("paci", 2, fast) == period("paci", 2, even(2, 1, 2, latency=1))
     assert period("paci:3", 2, slow) == 2 * 4
@@ -201,7 +202,7 @@ def expected_spans(plans: list[list[Action]], costs: Costs) -> dict[tuple[int, A
                 start = free
                 if step and 0 <= source <= last and (source, chunk) != (stage, action.chunk):
                     arrives = ends[source, Action(action.kind, action.index, chunk)]
-                    start = max(free, arrives + (costs.latency_s if source != stage else 0))
+                    start = max(free, arrives + (costs.latencies_s[min(stage, source)] if source != stage else 0))
                 free = start + costs.stages[stage].seconds(action.kind) / (2 if folded else 1)
                 changed |= free != ends[stage, action]
                 ends[stage, action] = free

@@ -14,7 +14,8 @@ import torch
 from paci_megatron.cli.plan import main
 from paci_megatron.runtime.device import DeviceClock
 from paci_megatron.schedule import Action, Kind, paci
-from paci_megatron.simulate.engine import Costs, Simulation, StageCosts, simulate
+from paci_megatron.simulate.costs import Costs, StageCosts
+from paci_megatron.simulate.engine import Simulation, simulate
 from paci_megatron.telemetry import timelines
 from paci_megatron.telemetry import trace as tracing
 from paci_megatron.telemetry.metrics_file import read_metrics

@@ -12,7 +12,7 @@ from paci_megatron.schedule.actions import COMPUTE_KINDS
 from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.records import record_lag
 from paci_megatron.schedule.vee import LONGEST, Fold, fold, paci_v, with_messages
-from paci_megatron.simulate.engine import Costs, StageCosts
+from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.simulate.peers import find_schedule
 
 RECEIVES = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paci_megatron.schedule.schedules import max_in_flight
-from paci_megatron.simulate.engine import Costs
+from paci_megatron.simulate.costs import Costs
 
 from .figures import Figure, Plot, plain, plot
 from .measures import by_stage, mean_by_stage, memory_by_stage, promised_bubble

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from paci_megatron.schedule import Kind
-from paci_megatron.simulate.engine import Costs, Span
+from paci_megatron.simulate.costs import Costs
+from paci_megatron.simulate.engine import Span
 from paci_megatron.simulate.export import LABELS
 from paci_megatron.telemetry.trace_file import StageStretch
 from paci_megatron.telemetry.trace_report import TraceReport
