@@ -15,11 +15,11 @@ from torch.distributed import get_process_group_ranks
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.emulate import run_to_update
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.state import UpdateResult
+from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.schedule.plan import Plan
 
 from .drains import Drains, MicrobatchForecast

@@ -1,12 +1,11 @@
-"""N stages in one process: links that hand tensors over, and a turn for each stage until all have done their update."""
+"""N stages in one process: links that hand tensors over."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,6 @@ from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.plan import Plan
 
 from .control import Record
-from .executor import Executor
-from .state import UpdateResult
 
 
 class InProcessLink:
@@ -103,6 +100,52 @@ def _take(queue: deque[tuple[int, torch.Tensor]], microbatch: int) -> torch.Tens
     return tensor
 
 
+class HandOver:
+    """Both ends of a direction between two stages of this process, of which the first sends before the second receives."""
+
+    def __init__(self) -> None:
+        self._sent: deque[Any] = deque()
+
+    def send(self, sent: Any) -> None:
+        """See :class:`~.links.Outgoing`."""
+        self._sent.append(sent)
+
+    def post(self) -> None:
+        """Nothing to get ready."""
+
+    def receive(self) -> Any:
+        """What was sent earliest."""
+        return self._sent.popleft()
+
+    def drain(self) -> None:
+        """``RuntimeError`` if something was sent and never used."""
+        if self._sent:
+            raise RuntimeError(f"{len(self._sent)} under way between two stages at a drain: a bug in the plan")
+
+
+class LocalRecords(NamedTuple):
+    """Records to and from another stage of this process."""
+
+    outgoing: HandOver
+    incoming: HandOver
+
+    def post(self) -> None:
+        """Nothing to get ready."""
+
+    def receive(self) -> Record:
+        """The other stage's next record."""
+        record: Record = self.incoming.receive()
+        return record
+
+    def send(self, record: Record) -> None:
+        """Hand a record over."""
+        self.outgoing.send(record)
+
+    def drain(self) -> None:
+        """``RuntimeError`` if a record was not read."""
+        self.incoming.drain()
+
+
 class InProcessExchange:
     """One end of a :class:`~.tied_embeddings.TensorExchange` between two stages of a process."""
 
@@ -162,27 +205,3 @@ class InProcessTransport:
     def rank_of(self, stage_index: int) -> int:
         """See :class:`~.links.Transport`."""
         return 0
-
-
-class RunningStage(Protocol):
-    """What :func:`run_to_update` needs of a stage."""
-
-    executor: Executor
-
-    def at_work(self) -> AbstractContextManager[None]:
-        """Everything the stage does happens inside: its random numbers, its place in the pipeline."""
-
-
-def run_to_update(stages: Sequence[RunningStage]) -> list[UpdateResult]:
-    """Give each stage turns, in order, until every one has done its next update; the results by stage.
-
-    The plan fixes what each stage does in which order, so the order of turns changes no result. With one stage, whose link
-    waits by itself, this is one call.
-    """
-    results: list[UpdateResult | None] = [None] * len(stages)
-    while None in results:
-        for index, stage in enumerate(stages):
-            if results[index] is None and stage.executor.has_input():
-                with stage.at_work():
-                    results[index] = stage.executor.run_to_update()
-    return [result for result in results if result is not None]

@@ -136,20 +136,26 @@ class Executor:
         while self.has_input():
             assert self._next is not None
             action, self._next = self._next, None
-            self.current, self.since_s = action, time.monotonic()
-            if self.finished is None or self.finished.kind is Kind.UPDATE:
-                self._link.post_receive_report()  # of the window that begins
-            self._listener.begin(action)
-            # A range of this name in PyTorch's profiler and in nsys.
-            with torch.profiler.record_function(str(action)):
-                result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
-                if result is None:
-                    self._perform[action.kind](action.index)
-            self._listener.end()
-            self.finished, self.current = action, None
-            if result is not None:
+            if (result := self.perform(action)) is not None:
                 return result
         return None
+
+    def perform(self, action: Action) -> UpdateResult | None:
+        """Perform one action, the plan's next; an UPDATE returns its result. For who has the plan of all stages here, and
+        with it their turns (:class:`.turns.Turns`).
+        """
+        self.current, self.since_s = action, time.monotonic()
+        if self.finished is None or self.finished.kind is Kind.UPDATE:
+            self._link.post_receive_report()  # of the window that begins
+        self._listener.begin(action)
+        # A range of this name in PyTorch's profiler and in nsys.
+        with torch.profiler.record_function(str(action)):
+            result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
+            if result is None:
+                self._perform[action.kind](action.index)
+        self._listener.end()
+        self.finished, self.current = action, None
+        return result
 
     def has_input(self) -> bool:
         """Whether the next action can be performed now, if need be by waiting."""

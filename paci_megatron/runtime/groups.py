@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from paci_megatron.schedule import Kind
 from paci_megatron.schedule.plan import Plan
-from paci_megatron.schedule.schedules import lead_of_previous, sends_in_flight
+from paci_megatron.schedule.schedules import sends_in_flight
 
 from .control import Record
+from .emulate import HandOver, InProcessExchange, LocalRecords
 from .links import (
     DirectIncoming,
     DirectOutgoing,
@@ -23,8 +26,10 @@ from .links import (
     Neighbour,
     Outgoing,
     P2PLink,
+    RemoteRecords,
     TensorPair,
 )
+from .tied_embeddings import TensorExchange
 
 MAX_TIED_TURNS = 8
 """PyTorch takes NCCL's streams from a pool of 32. Two communicators on one stream could wait for each other for ever."""
@@ -108,7 +113,7 @@ def _use_once(direction: Direction, device: torch.device) -> None:
 
 
 class ProcessTransport:
-    """A :class:`~.links.Transport` between processes that hold one stage each."""
+    """A :class:`~.links.Transport` between processes that each hold a stage, or several."""
 
     def __init__(
         self,
@@ -126,32 +131,40 @@ class ProcessTransport:
     ) -> None:
         """Makes the process groups, for plans of about that record lag. Collective over the world.
 
-        ``ranks`` are those of this pipeline, first stage to last. Activations, and their gradients, have ``shape`` and
-        ``dtype`` between all stages, and lie on ``device``. ``over_nccl`` says whether a transfer is a kernel on it;
-        ``through_host`` sends over gloo by way of the host's memory. ``tied`` is like the gradient that the first and the
-        last stage share, where they share one and this is one of them. For ``agree`` see :meth:`.links.Transport.agree`.
+        ``ranks`` are those of this pipeline's stages, first to last; a rank that stands there twice holds two. Activations,
+        and their gradients, have ``shape`` and ``dtype`` between all stages, and lie on ``device``. ``over_nccl`` says
+        whether a transfer is a kernel on it; ``through_host`` sends over gloo by way of the host's memory. ``tied`` is like
+        the gradient that the first and the last stage share, where they share one and this rank has one of them. For
+        ``agree`` see :meth:`.links.Transport.agree`.
 
-        Each pair of neighbouring stages has a group for activations and one for gradients; the two that share an embedding
-        have some for each direction.
+        Each link between stages of two ranks has a group for activations and one for gradients; two ranks that share an
+        embedding have some for each direction.
         """
         self.receives_hold_device = over_nccl
         self.agree = agree
         self._ranks, self._here = list(ranks), dist.get_rank()
         self._shape, self._dtype, self._device = tuple(shape), dtype, device
         self._through_host, self._tied = through_host, tied
+        self._ties_here = tied is not None and self._ranks[0] == self._ranks[-1]
         self._make_group = make_group
         self._directions = self._create(record_lag)
         use_once(list(self._directions.values()), self._ranks.index, torch.device("cpu") if through_host else device)
-        self._neighbours: tuple[tuple[int, ...], tuple[Neighbour | None, Neighbour | None]] | None = None  # and their slack
-        self._pair: tuple[int, TensorPair] | None = None  # and the record lag that it is made for
+        self._handed_over: dict[tuple[str, int], HandOver] = defaultdict(HandOver)  # by what and link
+        # By stage, with the slack and record lag that they are made for.
+        self._neighbours: dict[int, tuple[tuple[int, ...], int, P2PLink]] = {}
+        self._pair: tuple[int, tuple[TensorExchange, TensorExchange]] | None = None  # and the record lag
+
+    def _chunk(self, stage: int) -> int:
+        """Whether an earlier stage is in the same process."""
+        return int(self._ranks.index(self._ranks[stage]) < stage)
 
     def _create(self, record_lag: int) -> dict[tuple[str, int, int], Direction]:
         """All groups of this rank, made together; directions by name, sender and receiver."""
         named: list[tuple[str, int, int]] = []
-        for before, after in pairwise(self._ranks):
-            if self._here in (before, after):
-                named += [("PACI_ACTIVATIONS", before, after), ("PACI_GRADIENTS", after, before)]
-        if self._tied is not None:
+        for link, (before, after) in enumerate(pairwise(self._ranks)):
+            if before != after and self._here in (before, after):
+                named += [(self._name("ACTIVATIONS", link), before, after), (self._name("GRADIENTS", link), after, before)]
+        if self._tied is not None and not self._ties_here:
             first, last = self._ranks[0], self._ranks[-1]
             # An update's transfer is complete before the one of ``record_lag`` updates later is posted. With fewer turns
             # a GPU with one hardware queue may stand still for a while, but not for ever.
@@ -160,41 +173,53 @@ class ProcessTransport:
         backend = "gloo" if self._through_host else None
         # NCCL names a communicator by its ranks in order, so a group is made of the pair either way round.
         wanted = [Wanted(name, (min(by, to), max(by, to)), backend) for name, by, to in named]
-        records = Wanted("PACI_RECORDS", tuple(self._ranks), "gloo")
+        records = Wanted("PACI_RECORDS", tuple(sorted(set(self._ranks))), "gloo")
         self._records, *groups = create_groups([records, *wanted], self._make_group)
         return {key: Direction(key[0], group, *key[1:]) for key, group in zip(named, groups, strict=True)}
 
+    def _name(self, what: str, link: int) -> str:
+        """Of a link's direction; two ranks that are neighbours twice have groups for each time."""
+        return f"PACI_{what}" + ("_2" if self._chunk(link) else "")
+
     def link(self, stage_index: int, plan: Plan) -> P2PLink:
-        """See :class:`~.links.Transport`."""
-        if self._neighbours is None or self._neighbours[0] != plan.slack:
-            self._neighbours = plan.slack, self._make_neighbours(stage_index, plan)
-        return P2PLink(*self._neighbours[1], self._records, plan.record_lag)
+        """See :class:`~.links.Transport`. Its buffers serve all plans of the same slack and record lag."""
+        made = self._neighbours.get(stage_index)
+        if made is None or made[:2] != (plan.slack, plan.record_lag):
+            previous = self._neighbour(stage_index, stage_index - 1, plan) if stage_index > 0 else None
+            following = self._neighbour(stage_index, stage_index + 1, plan) if stage_index < len(self._ranks) - 1 else None
+            made = self._neighbours[stage_index] = plan.slack, plan.record_lag, P2PLink(previous, following)
+        return made[2]
 
-    def _make_neighbours(self, stage: int, plan: Plan) -> tuple[Neighbour | None, Neighbour | None]:
-        """The stages before and after, with buffers that serve all plans of the same slack."""
-        slack = plan.slack
-        # An activation is in use from when its receive is posted to the end of its backward.
-        held = plan.max_in_flight(stage) + lead_of_previous(stage, slack)
-        previous = following = None
-        if stage > 0:
-            before = self._ranks[stage - 1]
-            outgoing = self._outgoing("PACI_GRADIENTS", before, sends_in_flight(stage - 1, slack))
-            previous = Neighbour(before, outgoing, self._incoming("PACI_ACTIVATIONS", before, ring=held))
-        if stage < len(self._ranks) - 1:
-            after = self._ranks[stage + 1]
-            # A gradient, to the end of its backward; and those that are posted ahead.
-            gradients = 1 + (lead_of_previous(stage + 1, slack) if plan.gradients_ahead else 0)
-            outgoing = self._outgoing("PACI_ACTIVATIONS", after, sends_in_flight(stage, slack))
-            following = Neighbour(after, outgoing, self._incoming("PACI_GRADIENTS", after, gradients))
-        return previous, following
+    def _neighbour(self, here: int, there: int, plan: Plan) -> Neighbour:
+        """Stage ``there`` as stage ``here``, next to it, sees it."""
+        link, rank = min(here, there), self._ranks[there]
+        ways = (("ACTIVATIONS", "TOTALS"), ("GRADIENTS", "REPORTS"))  # to the later stage, and to the earlier
+        (sent, told), (received, heard) = ways if here < there else reversed(ways)
+        if rank == self._here:
+            handed = self._handed_over
+            records = LocalRecords(handed[told, link], handed[heard, link])
+            return Neighbour(handed[sent, link], handed[received, link], records)
+        ring = plan.most_received(here, Kind.RECV_BACKWARD if here < there else Kind.RECV_FORWARD)
+        return Neighbour(
+            self._outgoing(self._name(sent, link), rank, sends_in_flight(link, plan.slack)),
+            self._incoming(self._name(received, link), rank, ring),
+            # The other has read report k by the time this one reports k + lag; totals are read sooner.
+            RemoteRecords(self._records, rank, tag=self._chunk(here), hold=plan.record_lag + 1),
+        )
 
-    def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
+    def tied_exchange(self, stage_index: int, record_lag: int) -> TensorExchange | None:
         """See :class:`~.links.Transport`."""
-        if self._tied is None:
+        ends = (0, len(self._ranks) - 1)
+        if self._tied is None or stage_index not in ends:
             return None
         if self._pair is None or self._pair[0] != record_lag:
-            self._pair = record_lag, self._make_pair(self._tied, record_lag)
-        return self._pair[1]
+            if self._ties_here:
+                ends_of_pair: tuple[TensorExchange, TensorExchange] = InProcessExchange.pair()
+            else:  # this rank has one of them
+                pair = self._make_pair(self._tied, record_lag)
+                ends_of_pair = pair, pair
+            self._pair = record_lag, ends_of_pair
+        return self._pair[1][ends.index(stage_index)]
 
     def _make_pair(self, like: torch.Tensor, record_lag: int) -> TensorPair:
         first, last = self._ranks[0], self._ranks[-1]

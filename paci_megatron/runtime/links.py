@@ -15,6 +15,7 @@ from paci_megatron.schedule.plan import Plan
 
 from .control import Record, RecordLink
 from .device import HostCopy, host_buffer
+from .emulate import LocalRecords
 from .tied_embeddings import TensorExchange
 
 
@@ -94,10 +95,11 @@ class Incoming(Protocol):
 class _Sends:
     """Sends on a group, each tensor held until its send is done."""
 
-    def __init__(self, group: dist.ProcessGroup, hold: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, hold: int, tag: int = 0) -> None:
         """By the order of the plan a send is done when ``hold`` more have been made: waiting for it costs nothing."""
         self._group = group
         self._hold = hold
+        self._tag = tag
         self._sent: deque[tuple[torch.Tensor, Any]] = deque()
 
     def send(self, tensor: torch.Tensor, destination: int) -> None:
@@ -105,7 +107,7 @@ class _Sends:
             # Over NCCL it is the current stream that waits, not the host. torch records the tensor on NCCL's stream too, so
             # its memory comes back when that stream has come past the last send queued so far: one or two sends later.
             self._take_oldest()
-        self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group)))
+        self._sent.append((tensor, dist.isend(tensor, dst=destination, group=self._group, tag=self._tag)))
 
     def drain(self) -> None:
         while self._sent:
@@ -126,8 +128,7 @@ class DirectOutgoing:
 
     def send(self, tensor: torch.Tensor) -> None:
         """See :class:`Outgoing`."""
-        # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
-        self._sends.send(tensor.detach().contiguous(), self._peer)
+        self._sends.send(tensor.contiguous(), self._peer)
 
     def drain(self) -> None:
         """See :class:`Outgoing`."""
@@ -191,7 +192,7 @@ class HostOutgoing(DirectOutgoing):
 
     def send(self, tensor: torch.Tensor) -> None:
         """See :class:`Outgoing`."""
-        copy = HostCopy(tensor.detach().contiguous())
+        copy = HostCopy(tensor.contiguous())
         self._sends.send(copy.wait(), self._peer)
 
 
@@ -257,59 +258,59 @@ class _Posted:
         self._incoming.drain()
 
 
-class _Records:
-    """Records over a gloo group, in both directions."""
+class RemoteRecords:
+    """Records to and from a stage in another process, over a gloo group."""
 
-    def __init__(self, group: dist.ProcessGroup, hold: int) -> None:
-        """For ``hold`` see :class:`_Sends`."""
-        self._group = group
-        self._sends = _Sends(group, hold)
+    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int, hold: int) -> None:
+        """``peer`` is the other's rank in the world. The same pair of ranks may have more such, of other tags. For ``hold``
+        see :class:`_Sends`.
+        """
+        self._group, self._peer, self._tag = group, peer, tag
+        self._sends = _Sends(group, hold, tag)
         self._posted: deque[tuple[torch.Tensor, Any]] = deque()
 
-    def post(self, source: int) -> None:
+    def post(self) -> None:
+        """Get ready for one more record; returns at once."""
         # Ahead of its use: gloo sends only when it knows of the receive, and over a slow link that takes time.
         tensor = torch.empty(len(Record._fields), dtype=torch.float64)
-        self._posted.append((tensor, dist.irecv(tensor, src=source, group=self._group)))
+        self._posted.append((tensor, dist.irecv(tensor, src=self._peer, group=self._group, tag=self._tag)))
 
     def receive(self) -> Record:
+        """Wait for the record posted earliest."""
         tensor, work = self._posted.popleft()
         work.wait()
         return Record(*tensor.tolist())
 
-    def send(self, record: Record, destination: int) -> None:
-        self._sends.send(torch.tensor(record, dtype=torch.float64), destination)
+    def send(self, record: Record) -> None:
+        """Send a record; returns at once."""
+        self._sends.send(torch.tensor(record, dtype=torch.float64), self._peer)
 
     def drain(self) -> None:
+        """Wait until everything sent has been received."""
         self._sends.drain()
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """The stage before or after: its rank, and a direction each way, activations one way and gradients the other."""
+    """The stage before or after: a direction each way, activations one way and gradients the other, and its records."""
 
-    rank: int
     outgoing: Outgoing
     incoming: Incoming
+    records: RemoteRecords | LocalRecords
 
 
 class P2PLink:
-    """Transfers to and from the neighbours, each direction between two stages on a process group of its own.
+    """Transfers to and from the neighbours, each direction to a stage in another process on a process group of its own.
 
     Receives are posted ahead and sends not waited for. So no transfer queues behind one of another pair or direction: see
     docs/how-it-works.md, Transfers.
     """
 
-    def __init__(
-        self, previous: Neighbour | None, following: Neighbour | None, records: dist.ProcessGroup, record_lag: int
-    ) -> None:
-        """``previous`` is None on the first stage, ``following`` on the last. ``records`` is a gloo group of all stages, and
-        ``record_lag`` after how many updates a total is everywhere.
-        """
+    def __init__(self, previous: Neighbour | None, following: Neighbour | None) -> None:
+        """``previous`` is None on the first stage, ``following`` on the last."""
         self._previous, self._following = previous, following
         self._activations = _Posted(previous.incoming) if previous is not None else None
         self._gradients = _Posted(following.incoming) if following is not None else None
-        # Stage s-1 has read report k by the time s reports k + lag; totals are read sooner.
-        self._reports, self._totals = (_Records(records, record_lag + 1) for _ in range(2))
 
     def has_input(self, action: Action) -> bool:
         """See :class:`StageLink`."""
@@ -327,7 +328,8 @@ class P2PLink:
     def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
         """See :class:`StageLink`."""
         assert self._following is not None
-        self._following.outgoing.send(activation)
+        # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
+        self._following.outgoing.send(activation.detach())
 
     def post_receive_backward(self, microbatch: int) -> None:
         """See :class:`StageLink`."""
@@ -341,35 +343,35 @@ class P2PLink:
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
         """See :class:`StageLink`."""
         assert self._previous is not None
-        self._previous.outgoing.send(gradient)
+        self._previous.outgoing.send(gradient.detach())
 
     def post_receive_report(self) -> None:
         """See :class:`StageLink`."""
         if self._following is not None:
-            self._reports.post(self._following.rank)
+            self._following.records.post()
 
     def receive_report(self) -> Record:
         """See :class:`StageLink`."""
-        return Record() if self._following is None else self._reports.receive()
+        return Record() if self._following is None else self._following.records.receive()
 
     def send_report(self, record: Record) -> None:
         """See :class:`StageLink`."""
         if self._previous is not None:
-            self._reports.send(record, self._previous.rank)
+            self._previous.records.send(record)
 
     def post_receive_total(self) -> None:
         """See :class:`StageLink`."""
         if self._previous is not None:
-            self._totals.post(self._previous.rank)
+            self._previous.records.post()
 
     def receive_total(self) -> Record | None:
         """See :class:`StageLink`."""
-        return None if self._previous is None else self._totals.receive()
+        return None if self._previous is None else self._previous.records.receive()
 
     def send_total(self, record: Record) -> None:
         """See :class:`StageLink`."""
         if self._following is not None:
-            self._totals.send(record, self._following.rank)
+            self._following.records.send(record)
 
     def drain(self) -> None:
         """See :class:`StageLink`."""
@@ -379,5 +381,4 @@ class P2PLink:
         for neighbour in (self._previous, self._following):
             if neighbour is not None:
                 neighbour.outgoing.drain()
-        self._reports.drain()
-        self._totals.drain()
+                neighbour.records.drain()

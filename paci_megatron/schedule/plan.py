@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from .actions import Action, Kind
+from .actions import Action, Kind, shared_action
 from .records import record_lag, with_records
 from .schedules import IsDrain, max_drift, max_in_flight, never, one_f_one_b_flush, paci, with_transfers
 from .validate import PlanError, validate
+from .vee import Fold, paci_v
+from .vee import with_messages as with_messages_of_a_v
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,8 @@ class Plan:
 
     Micro-batches count from 0 and updates from 1 since the plan began. ``schedule`` is "paci", or "1f1b" for 1F1B-flush,
     which drains at every update. For ``slack`` see :func:`~.schedules.max_in_flight`.
-    ``gradients_ahead`` is for transfers that leave the device alone while they are pending.
+    ``gradients_ahead`` is for transfers that leave the device alone while they are pending. Where processes hold two stages
+    each, ``folded`` has their order, and the slack is its own.
     """
 
     schedule: str
@@ -27,6 +30,7 @@ class Plan:
     slack: tuple[int, ...] = ()
     is_drain: IsDrain = never
     gradients_ahead: bool = False
+    folded: Fold | None = None
 
     def __post_init__(self) -> None:
         links = self.num_stages - 1
@@ -48,13 +52,31 @@ class Plan:
 
     def actions(self, stage_index: int) -> Iterator[Action]:
         """What a stage does, in order, without end."""
+        if self.folded is not None:
+            process, chunk = self.folded.place(stage_index)
+            return (shared_action(each.kind, each.index) for each in self.process_actions(process) if each.chunk == chunk)
         n, a, slack = self.num_stages, self.microbatches_per_update, self.slack
-        if self.schedule == "paci":
+        if self.schedule != "1f1b":
             computed, is_drain = paci(stage_index, n, a, self.is_drain, slack), self.is_drain
         else:
             computed, is_drain = one_f_one_b_flush(stage_index, n, a), lambda update: True
         transferred = with_transfers(computed, stage_index, n, a, is_drain, slack, self.gradients_ahead)
         return with_records(transferred, n, a, is_drain, slack)
+
+    def process_actions(self, process: int) -> Iterator[Action]:
+        """What a process of a V does with its two stages, in order, without end."""
+        folded, a, is_drain = self.folded, self.microbatches_per_update, self.is_drain
+        assert folded is not None
+        return with_messages_of_a_v(paci_v(process, folded, a, is_drain), process, folded, a, is_drain)
+
+    def most_received(self, stage_index: int, kind: Kind) -> int:
+        """The most tensors that are posted by receives of this kind, or received and not yet through their backward."""
+        steady = Action(Kind.BACKWARD, 2 * self.max_in_flight(0))
+        held = most = 0
+        for action in takewhile(lambda action: action != steady, replace(self, is_drain=never).actions(stage_index)):
+            held += (action.kind is kind) - (action.kind is Kind.BACKWARD)
+            most = max(most, held)
+        return most
 
     def check(self) -> None:
         """``PlanError`` unless this plan keeps every rule of :func:`~.validate.validate`.
@@ -66,8 +88,11 @@ class Plan:
         last = next((update for update in range(1, longest) if self.is_drain(update)), longest)
         cut = replace(self, is_drain=lambda update: update == last or self.is_drain(update))
         end = Action(Kind.UPDATE, last)
-        stages = range(self.num_stages)
-        plans = [[*takewhile(lambda action: action != end, cut.actions(stage)), end] for stage in stages]
-        drains = range(1, last + 1) if self.schedule != "paci" else (last,)
+        if self.folded is not None:
+            streams = [cut.process_actions(process) for process in range(len(self.folded.begins))]
+        else:
+            streams = [cut.actions(stage) for stage in range(self.num_stages)]
+        plans = [[*takewhile(lambda action: action != end, stream), end] for stream in streams]
+        drains = range(1, last + 1) if self.schedule == "1f1b" else (last,)
         resident = not self.gradients_ahead
         validate(plans, self.microbatches_per_update, self.slack, drains, resident)

@@ -50,15 +50,20 @@ class Fold:
         """The stage that is this chunk of the process."""
         return self.num_stages - 1 - process if chunk else process
 
+    def place(self, stage_index: int) -> tuple[int, int]:
+        """The stage's process and chunk."""
+        process = min(stage_index, self.num_stages - 1 - stage_index)
+        return process, int(stage_index != process)
+
     def begin(self, process: int, action: Action) -> int:
         """When the process begins a forward or backward."""
         return self.begins[process][WAY.index((action.kind, action.chunk))] + action.index * self.period
 
     def in_flight(self, stage_index: int) -> int:
         """The most micro-batches that are forwarded and not yet backwarded at a stage, of half the size."""
-        process = min(stage_index, self.num_stages - 1 - stage_index)
+        process, chunk = self.place(stage_index)
         first, second, third, fourth = self.begins[process]
-        lasts = fourth - first if process == stage_index else third - second
+        lasts = third - second if chunk else fourth - first
         return -(-lasts // self.period)
 
     @cached_property
@@ -247,5 +252,17 @@ def _sent(folded: Fold, process: int, kind: Kind, chunk: int) -> int | None:
     stage = folded.stage_of(process, chunk) + (-1 if made is Kind.FORWARD else 1)
     if not 0 <= stage < folded.num_stages:
         return None
-    sender = min(stage, folded.num_stages - 1 - stage)
-    return folded.begins[sender][WAY.index((made, 0 if sender == stage else 1))]
+    sender, its_chunk = folded.place(stage)
+    return folded.begins[sender][WAY.index((made, its_chunk))]
+
+
+def forward_pass(process: int, folded: Fold, microbatches: int) -> Iterator[Action]:
+    """What a process does, transfers included, to pass so many micro-batches through an empty pipeline, forward only.
+
+    In the order that they have in training, so here too nothing waits in a circle.
+    """
+    every = (shared_action(Kind.FORWARD, microbatch, chunk) for microbatch in range(microbatches) for chunk in (0, 1))
+    forwards = sorted(every, key=partial(folded.begin, process))
+    kinds = (Kind.RECV_FORWARD, Kind.FORWARD, Kind.SEND_FORWARD)
+    messages = with_messages(forwards, process, folded, microbatches, lambda update: True)
+    return (action for action in messages if action.kind in kinds)

@@ -71,20 +71,25 @@ class FakeNetwork:
         self._random = random.Random(seed)
         self._channels: dict[Any, _Channel] = defaultdict(_Channel)
 
-    def _posted(self, tensor: torch.Tensor, group: Any, source: Any, destination: Any, receives: bool) -> Transfer:
+    @staticmethod
+    def get_rank() -> int:
+        """See ``torch.distributed.get_rank``."""
+        return int(threading.current_thread().name)
+
+    def _posted(self, tensor: torch.Tensor, way: tuple[Any, int], source: Any, destination: Any, receives: bool) -> Transfer:
         with self.changed:
-            channel = self._channels[group, str(source), str(destination)]
+            channel = self._channels[way, str(source), str(destination)]
             transfer = Transfer(self, channel, weakref.ref(tensor), receives)
             (channel.receives if receives else channel.sends).append(transfer)
             channel.carry(up_to=self._random.randrange(3))
             self.changed.notify_all()
         return transfer
 
-    def isend(self, tensor: torch.Tensor, dst: int, group: Any) -> Transfer:
+    def isend(self, tensor: torch.Tensor, dst: int, group: Any, tag: int = 0) -> Transfer:
         """See ``torch.distributed.isend``."""
-        return self._posted(tensor, group, threading.current_thread().name, dst, receives=False)
+        return self._posted(tensor, (group, tag), threading.current_thread().name, dst, receives=False)
 
-    def irecv(self, tensor: torch.Tensor, src: int, group: Any) -> Transfer:
+    def irecv(self, tensor: torch.Tensor, src: int, group: Any, tag: int = 0) -> Transfer:
         """See ``torch.distributed.irecv``."""
         tensor.data.fill_(torch.nan)  # past autograd's version counter, as NCCL's kernels write
-        return self._posted(tensor, group, src, threading.current_thread().name, receives=True)
+        return self._posted(tensor, (group, tag), src, threading.current_thread().name, receives=True)

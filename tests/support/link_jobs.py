@@ -142,9 +142,9 @@ def _recorded(result: LinkResult) -> Iterator[None]:
         names[group] = named["group_desc"]
         return group
 
-    def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
+    def isend(tensor: torch.Tensor, dst: int, group: Any, tag: int = 0) -> Any:
         result.uses.add((names[group], tuple(dist.get_process_group_ranks(group)), "send"))
-        return originals[1](tensor, dst=dst, group=group)
+        return originals[1](tensor, dst=dst, group=group, tag=tag)
 
     def irecv(tensor: torch.Tensor, src: int, group: Any) -> Any:
         result.uses.add((names[group], tuple(dist.get_process_group_ranks(group)), "receive"))

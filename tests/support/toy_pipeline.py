@@ -20,7 +20,6 @@ from paci_megatron.runtime.tied_embeddings import TiedEmbedding
 from paci_megatron.runtime.update import StageUpdate
 from paci_megatron.runtime.weight_drift import WeightDrift
 from paci_megatron.runtime.weights import WeightVersions
-from paci_megatron.schedule import Action
 from paci_megatron.schedule.plan import Plan
 
 WIDTH, VOCABULARY, LENGTH, SAMPLES = 8, 12, 5, 2
@@ -113,8 +112,8 @@ class ToyStage:
         self.weight_drift = WeightDrift(tuple(self.model.parameters()))
         self.windows: list[tuple[torch.Tensor | None, list[int]]] = []  # what each has of the drift of the weights
 
-    def begin(self, plan: Plan, transport: Transport, actions: Iterator[Action] | None = None) -> None:
-        """A plan from an empty pipeline to its drain; ``actions`` are the stage's in it, where the plan is that of a V."""
+    def begin(self, plan: Plan, transport: Transport) -> None:
+        """A plan from an empty pipeline to its drain."""
         lag, scale = plan.record_lag, LossScale(SimpleNamespace())
         scale.begin_plan(lag)
         link, exchange = transport.link(self.index, plan), transport.tied_exchange(self.index, lag)
@@ -136,7 +135,7 @@ class ToyStage:
         weights = WeightVersions(tuple(self.model.parameters()), "latest", plan.microbatches_per_update)
         compute: Any = self.compute
         self.executor = Executor(
-            actions or plan.actions(self.index), compute, link, update, weights, meter, weight_drift=self.weight_drift
+            plan.actions(self.index), compute, link, update, weights, meter, weight_drift=self.weight_drift
         )
 
     def end(self) -> None:
@@ -146,7 +145,7 @@ class ToyStage:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """See :class:`paci_megatron.runtime.emulate.RunningStage`."""
+        """See :class:`paci_megatron.runtime.turns.RunningStage`."""
         yield
 
     def weights(self) -> list[torch.Tensor]:

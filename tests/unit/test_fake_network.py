@@ -11,8 +11,9 @@ import torch
 
 from paci_megatron.runtime import links
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.emulate import InProcessTransport, run_to_update
-from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, P2PLink, TensorPair
+from paci_megatron.runtime.emulate import InProcessTransport
+from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, P2PLink, RemoteRecords, TensorPair
+from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.schedules import even_slack, lead_of_previous, sends_in_flight
 from tests.support.fake_network import FakeNetwork
@@ -42,9 +43,10 @@ class Network:
                 return None
             hold = sends_in_flight(min(here, there), plan.slack)
             out: Any = f"{here} to {there}"
-            return Neighbour(there, DirectOutgoing(out, there, hold), self._receives(there, ring, SHAPE))
+            told = RemoteRecords(records, there, tag=0, hold=plan.record_lag + 1)
+            return Neighbour(DirectOutgoing(out, there, hold), self._receives(there, ring, SHAPE), told)
 
-        return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1), records, plan.record_lag)
+        return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1))
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
         here, other = self._stage, NUM_STAGES - 1 - self._stage
@@ -150,7 +152,7 @@ class OneBufferTooFew(DirectIncoming):
 
 def test_a_link_that_does_not_hold_what_it_sends_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def send(self: Any, tensor: torch.Tensor, destination: int) -> None:
-        self._sent.append((None, links.dist.isend(tensor, dst=destination, group=self._group)))
+        self._sent.append((None, links.dist.isend(tensor, dst=destination, group=self._group, tag=self._tag)))
 
     expected = in_one_process(3, ())
     monkeypatch.setattr(links._Sends, "send", send)

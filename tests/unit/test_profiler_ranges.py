@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from paci_megatron.runtime.emulate import InProcessTransport, run_to_update
+from paci_megatron.runtime.emulate import InProcessTransport
+from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.schedule.plan import Plan
 from tests.support.toy_pipeline import ToyStage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_peaks(num_processes: int) -> None:
 @pytest.mark.parametrize("a", [1, 2, 4])
 def test_plans_keep_every_rule(num_processes: int, a: int) -> None:
     check_plans(num_processes, a)
+
+
+@pytest.mark.parametrize("drain", [None, 1, 3])
+def test_the_plan_of_a_run_is_that_of_its_processes_and_is_checked(drain: int | None) -> None:
+    folded = fold(3)
+    plan = Plan("paci-v", folded.num_stages, 2, folded.slack, lambda update: update == drain, folded=folded)
+    plan.check()
+    expected = plans_of(folded, 2, (drain or 40,))
+    for process in range(3):
+        own = up_to(plan.process_actions(process), drain or 40)
+        assert own[: 4 * 30] == expected[process][: 4 * 30]
+        for chunk in (0, 1):
+            stage, expected_of_stage = plan.actions(folded.stage_of(process, chunk)), of_chunk(own, chunk)
+            assert list(itertools.islice(stage, len(expected_of_stage))) == expected_of_stage
+
+
+def test_the_plan_of_a_run_with_another_order_is_refused() -> None:
+    folded = fold(3)
+    plan = Plan("paci-v", folded.num_stages, 2, folded.slack, folded=folded)
+    with pytest.raises(PlanError, match="stage 0, action B0: its gradient was never received"):
+        replace(plan, folded=replace(folded, begins=folded.begins[::-1])).check()
 
 
 @pytest.mark.slow

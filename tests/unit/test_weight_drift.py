@@ -9,8 +9,9 @@ import torch
 
 from paci_megatron.plugin.monitor import interval_line, stage_line
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.emulate import InProcessTransport, run_to_update
+from paci_megatron.runtime.emulate import InProcessTransport
 from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.runtime.weight_drift import WeightDrift
 from paci_megatron.schedule.plan import Plan
 from tests.support.toy_pipeline import Compute, ToyStage
