@@ -203,7 +203,7 @@ def _forget_run() -> None:
     training.destroy_global_state()
     parallel_state.destroy_model_parallel()
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    # Each group has threads of its own: after fifty runs they would take all the time there is.
+    # Each group has threads of its own, which end once nothing holds it: see the pool.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

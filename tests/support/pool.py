@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -80,6 +81,8 @@ def _work(connection: Connection) -> None:
     torch.distributed.init_process_group("gloo")
     from . import jobs
 
+    gc.freeze()  # the modules stay, and need not be looked at again
+
     while True:
         try:
             job, arguments = connection.recv()
@@ -89,3 +92,6 @@ def _work(connection: Connection) -> None:
             connection.send((False, getattr(jobs, job)(**arguments)))
         except BaseException:
             connection.send((True, traceback.format_exc()))
+        # A run's process groups lie in circles with its model, and each has threads that wake up a hundred times a second:
+        # left to themselves they would soon take all the time there is.
+        gc.collect()
