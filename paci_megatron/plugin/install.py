@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import inspect
@@ -37,6 +38,7 @@ def install() -> None:
         import megatron.core
         import megatron.training
 
+        from .exits import wait_for_gloo_threads
         from .patch_table import PATCH_POINTS
     except ImportError as error:
         cpu.deactivate()
@@ -62,6 +64,7 @@ def install() -> None:
             f"megatron-core {version} is none that was tested ({', '.join(TESTED_VERSIONS)}), but all {len(points)} "
             "functions that are replaced are as expected"
         )
+    atexit.register(wait_for_gloo_threads)
     for point, target in zip(points, found, strict=True):
         assert not isinstance(target, str)
         owner, name, original = target
@@ -76,7 +79,9 @@ def uninstall() -> None:
     if not _installed:
         raise RuntimeError("paci-megatron is not installed in this process")
     from . import run
+    from .exits import wait_for_gloo_threads
 
+    atexit.unregister(wait_for_gloo_threads)
     while _installed:
         owner, name, original = _installed.pop()
         setattr(owner, name, original)
