@@ -286,7 +286,7 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         setup_patches.wrap_initialize_megatron,
         "allow_no_cuda skip_mpu_initialization get_embedding_ranks get_position_embedding_ranks store "
         "skip_model_parallel_init seed_pp_group seed_dp_group seed_tp_group seed_ep_group seed_etp_group skip_random_seed",
-        "emulated stages share a process; and without CUDA Megatron must be told to start all the same",
+        "waits in silence for a missing rank; emulated stages share a process; without CUDA it must be told to start",
     ),
     PatchPoint(
         _TRAINING,

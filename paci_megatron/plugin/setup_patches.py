@@ -37,7 +37,8 @@ from .interval_timer import IntervalTimer
 from .layers import check_layers
 from .log import print_first_rank
 from .places import check_places
-from .restarts import restart_warning, restarted_store
+from .rendezvous import shared_store
+from .restarts import restart_warning
 from .resume import check_vocabulary, resume_line
 from .run import Run
 from .stage import Stage
@@ -140,7 +141,7 @@ def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any
 
 
 def wrap_initialize_megatron(original: Function) -> Function:
-    """Emulated stages share a process, so for process groups the pipeline size is 1; and a CPU is allowed."""
+    """Waits for all ranks; emulated stages share a process, so for process groups the pipeline size is 1; allows a CPU."""
 
     @functools.wraps(original)
     def initialize_megatron(*positional: Any, **named: Any) -> Any:
@@ -149,10 +150,11 @@ def wrap_initialize_megatron(original: Function) -> Function:
         args = get_args()
         if cpu.is_active():
             named["allow_no_cuda"] = True
-        if named.get("store") is None:
-            named["store"] = restarted_store()
         if (line := restart_warning()) is not None:
             print_first_rank(line)
+        if named.get("store") is None:
+            with exit_on_config_error():
+                named["store"] = shared_store(args)
         if args.paci_emulate_stages is None:
             return original(*positional, **named)
         args.pipeline_model_parallel_size = 1

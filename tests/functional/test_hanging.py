@@ -5,16 +5,32 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from lab.processes import ROOT
+from lab.processes import CPU_ENVIRONMENT, ROOT
 from tests.support.torchrun import MODEL, start, wait_for
 
 STAGES = 3
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_is_named_and_ends_the_job(tmp_path: Path) -> None:
+    names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29431"}
+    options = ("--pipeline-model-parallel-size", "2", "--pipeline-schedule", "paci", "--distributed-timeout-minutes", "1")
+    command = [sys.executable, "-m", "pretrain_gpt_paci", *MODEL, "--num-layers", "2", "--train-iters", "2", *options]
+    environment = {**os.environ, **CPU_ENVIRONMENT, "PYTHONPATH": str(ROOT), **names}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    missing = "1 of 2 ranks have come to MASTER_ADDR 127.0.0.1, MASTER_PORT 29431, rank 1 not"
+    assert done.returncode == 2, done.stderr
+    assert f"s: {missing}. Start what is missing" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"paci-megatron: error: {missing} after 1 min ")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])

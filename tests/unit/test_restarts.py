@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.distributed import TCPStore
 
-from paci_megatron.plugin.restarts import restart_warning, restarted_store
+from paci_megatron.plugin.restarts import is_restarted, of_this_attempt, restart_warning
 
 
 @pytest.fixture
@@ -20,13 +20,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_each_restart_sees_only_its_own(environment: pytest.MonkeyPatch) -> None:
     server = TCPStore("localhost", 0, is_master=True)
-    environment.setenv("MASTER_ADDR", "localhost")
-    environment.setenv("MASTER_PORT", str(server.port))
-    assert restarted_store() is None and restart_warning() is None
+    assert of_this_attempt(server) is server and restart_warning() is None
     server.set("address", "of the first attempt")
     for attempt in ("1", "2"):
         environment.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        store, other = restarted_store(), restarted_store()
+        store, other = of_this_attempt(server), of_this_attempt(server)
         assert not store.check(["address"])
         store.set("address", attempt)
         assert other.get("address") == attempt.encode()
@@ -38,6 +36,6 @@ def test_several_nodes_are_told_what_to_set(environment: pytest.MonkeyPatch) -> 
     assert warning is not None and "--max-restarts 2 on 4 nodes" in warning
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in warning
     environment.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted_store() is None
+    assert not is_restarted()
     environment.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert restart_warning() is None
