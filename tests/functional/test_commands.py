@@ -19,12 +19,25 @@ def losses(output: str, name: str) -> list[str]:
     return re.findall(rf" iteration .*\| {name}: (\S+) ", output)
 
 
+def set_up(output: str) -> list[str]:
+    """What the plugin prints before the first iteration; the list of all arguments is Megatron's."""
+    before = re.split(r"^ \[.*iteration +1/", output, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+    return [line for line in before if "paci" in line and not re.fullmatch(r" +\w+ \.+ .*", line)]
+
+
+def warnings(output: str) -> set[str]:
+    """What PyTorch and Megatron warn of; that the rerun machine is in another mode is wanted."""
+    found = (line for line in output.splitlines() if re.search("warn", line, re.IGNORECASE))
+    return {re.sub(r"RerunMode\.\w+", "", line).strip() for line in found}
+
+
 def test_any_script_runs_unmodified_under_the_module() -> None:
     script = [str(ROOT / "tests/functional/any_script.py"), *MODEL, "--train-iters", "30", "--greeting", "hello"]
     script += ["--pipeline-model-parallel-size", "2"]
     status, plain = torchrun("-m", "paci_megatron", *script)
     assert status == 0, plain[-3000:]
-    status, paci = torchrun("-m", "paci_megatron", *script, "--pipeline-schedule", "paci")
+    without_effect = ("--log-energy", "--log-params-norm")
+    status, paci = torchrun("-m", "paci_megatron", *script, "--pipeline-schedule", "paci", *without_effect)
     assert status == 0, paci[-3000:]
     assert "greeting: hello" in paci
     assert "schedule paci: 2 stages, 2 micro-batches per update, drift of at most 1 updates" in paci
@@ -33,6 +46,14 @@ def test_any_script_runs_unmodified_under_the_module() -> None:
     assert len(before) == len(after) == 30
     assert before[0] == after[0] and before[-1] != after[-1]
     assert float(after[-1]) < 0.8 * float(after[0]), "it learns"
+    said = set_up(paci)
+    assert all(line.startswith("paci-megatron: ") for line in said) and len(set(said)) == len(said) < 15, "\n".join(said)
+    off = [line.split()[1] for line in said if " is off under paci: " in line]
+    assert sorted(off) == ["--log-energy", "--log-params-norm", "--rerun-mode"], "a line each"
+    topics = [line.split(": ")[1].split()[0] for line in said if line.split()[1] not in off]
+    assert topics == ["no", "layers", "schedule", "memory", "clipping"], "\n".join(said)
+    assert warnings(paci) <= warnings(plain)
+    assert len(set_up(plain)) == 2, "on a CPU, and with which layers"
 
 
 def test_plain_modules_are_trained_without_megatrons_loop() -> None:
