@@ -82,6 +82,20 @@ def check_rates(args: argparse.Namespace) -> None:
         raise ConfigError(f"--lr-warmup-iters {warmup} with {flag} {decay}: must be fewer. Give at most {decay - 1}.")
 
 
+def check_evaluations(args: argparse.Namespace) -> None:
+    """``ConfigError`` without an interval of evaluations, by which Megatron divides when it counts their samples.
+
+    ``args`` are validated.
+    """
+    needs_none = args.full_validation or args.skip_train or getattr(args, "perform_rl_step", False)
+    if not (args.eval_interval or needs_none):
+        given = "is missing" if args.eval_interval is None else "0: must be at least 1"
+        raise ConfigError(
+            f"--eval-interval {given}. Megatron needs it, with --eval-iters 0 too. "
+            f"Give --eval-interval {args.train_iters} to evaluate at the end only, and --eval-iters 0 not to evaluate."
+        )
+
+
 def check_early(words: Sequence[str], world_size: int | None, on_this_machine: bool = True) -> None:
     """``ConfigError`` with all that can be told of a command line by itself; ``words`` may have others before its flags.
 

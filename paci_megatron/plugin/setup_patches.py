@@ -30,7 +30,7 @@ from . import run as runs
 from .batch_growth import growth_warning
 from .checkpoints import check_load
 from .describe import describe
-from .early import check_numbers, check_rates, unknown_flag, without_effect
+from .early import check_evaluations, check_numbers, check_rates, unknown_flag, without_effect
 from .groups import leave_room_for_transfers, process_transport
 from .inputs import exit_on_config_error, megatrons_refusals, refuse
 from .interval_timer import IntervalTimer
@@ -112,6 +112,7 @@ def wrap_validate_args(original: Function) -> Function:
         with exit_on_config_error(), megatrons_refusals():
             result = validated(args, defaults)
             check_rates(args)
+            check_evaluations(args)
         if not runs_plans:
             return result
         with exit_on_config_error():

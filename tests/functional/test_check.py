@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODEL = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --mock-data"
-TOKENIZER = "--tokenizer-type NullTokenizer --vocab-size 100 --lr 1e-3 --train-iters 10 --micro-batch-size 1"
+TOKENIZER = (
+    "--tokenizer-type NullTokenizer --vocab-size 100 --lr 1e-3 --train-iters 10 --eval-interval 5 --micro-batch-size 1"
+)
 PACI = f"{MODEL} {TOKENIZER} --global-batch-size 8 --pipeline-model-parallel-size 4 --pipeline-schedule paci"
 
 # What is said first, and what belongs to it.

@@ -90,6 +90,8 @@ LATE = [
     (f"{PACI} --lr-warmup-iters 10", "--lr-warmup-iters 10 with --train-iters 4: must be fewer"),
     (f"{PACI} --min-lr 1", "--min-lr 1 with --lr 0.005: must not be more"),
     (PACI.replace("--lr 5e-3", ""), "--lr is missing"),
+    (PACI.replace("--eval-interval 100", ""), "--eval-interval is missing. Megatron needs it, with --eval-iters 0 too"),
+    (f"{PACI} --eval-interval 0", "--eval-interval 0: must be at least 1"),
     (PACI.replace("--micro-batch-size 2", ""), "--micro-batch-size is missing"),
     (PACI.replace("--mock-data", ""), "no training data: give --data-path PREFIX"),
     (f"{PACI} --tokenizer-type SentencePieceTokenizer --tokenizer-model {{at}}/none.model", "no such file"),
