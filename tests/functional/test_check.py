@@ -15,6 +15,9 @@ TOKENIZER = (
 )
 PACI = f"{MODEL} {TOKENIZER} --global-batch-size 8 --pipeline-model-parallel-size 4 --pipeline-schedule paci"
 
+# In the user guide, the command and its answer.
+DOCUMENTED, ANSWER, *_ = (ROOT / "docs/user-guide.md").read_text().partition("## Checking a command")[2].split("```\n")[1::2]
+
 # What is said first, and what belongs to it.
 COMMANDS: list[tuple[str, str, list[str]]] = [
     (
@@ -58,6 +61,7 @@ COMMANDS: list[tuple[str, str, list[str]]] = [
             "flush until then with --paci-start-iteration 2, 20",
         ],
     ),
+    (DOCUMENTED.partition(" -- ")[2].replace("\\\n", " ").strip(), "ok: ", []),
     (f"torchrun --nproc-per-node auto x.py {PACI}", "error: --nproc-per-node auto: the number is not known here", []),
     (f"torchrun --nproc-per-node 4 x.py {PACI} --no-such-flag", "error: unrecognized arguments: --no-such-flag", []),
     ("./launch.sh", "error: ./launch.sh ...: not a torchrun command", []),
@@ -88,3 +92,8 @@ def test_each_command_has_its_answer(answers: list[list[str]], index: int) -> No
     for other in others:
         assert any(other in line for line in lines), (other, lines)
     assert not any("no CUDA device" in line for line in lines), "it is not this machine that was asked about"
+
+
+def test_the_answer_in_the_user_guide_is_this_one(answers: list[list[str]]) -> None:
+    (index,) = (at for at, (command, _, _) in enumerate(COMMANDS) if "--timing-log-level 2" in command)
+    assert answers[index] == ANSWER.splitlines()

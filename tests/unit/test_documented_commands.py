@@ -19,7 +19,7 @@ from tests.support import report_runs as made
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 PROGRAMS = {"make", "paci-megatron", "python", "torchrun", "pip", "pkill", "grep", "git"}
 # How the blocks begin that are no commands.
-SHOWN = ("paci-megatron: ", "pretrain_gpt_paci.py      Megatron's", "stage  forward (ms)")
+SHOWN = ("paci-megatron: ", "ok: ", "pretrain_gpt_paci.py      Megatron's", "stage  forward (ms)")
 
 # Blocks that a test runs as a whole, by their first line.
 SCRIPTS = {
@@ -35,6 +35,7 @@ ELSEWHERE = {
     "paci-megatron doctor": (
         "tests/functional/test_doctor.py::test_this_machine_trains_as_it_must_and_nothing_is_left_behind"
     ),
+    "paci-megatron check": "tests/functional/test_check.py::test_each_command_has_its_answer",
     "tools/evaluate_perplexity.py --load runs/gpt --input data": (
         "tests/multiproc/test_evaluation.py::test_command_writes_the_figures_and_prints_a_table"
     ),
