@@ -32,6 +32,7 @@ SCRIPTS = {
 ELSEWHERE = {
     "make demo": "tests/unit/test_demo.py::test_whole_demo_with_few_iterations",
     "make test": ".ci/run::make",
+    "pip install '.[data,eval,plot]'": "tests/unit/test_packaging.py::test_wheel_installs_into_an_empty_environment",
     "paci-megatron doctor": (
         "tests/functional/test_doctor.py::test_this_machine_trains_as_it_must_and_nothing_is_left_behind"
     ),
