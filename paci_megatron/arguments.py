@@ -39,8 +39,17 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="K",
         help="Let the first stage have K more micro-batches in flight, and later stages evenly fewer, so that transfers and "
         "uneven times make their neighbours wait less; N-1 hides most of both. Or a number for each link between stages, "
-        "where links differ, like 0,4,0. Costs their activations, and drift: at most ceil((N-1+K)/a) updates. "
-        "Default: 0, the memory of 1F1B-flush.",
+        "where links differ, like 0,4,0. Costs their activations, and drift: at most ceil((N-1+K)/a) updates. Or auto: the "
+        "run measures its stages and links, drains once, and chooses. Or the metrics file of a run with auto, to do the "
+        "same again. Default: 0, the memory of 1F1B-flush.",
+    )
+    group.add_argument(
+        "--paci-memory-budget",
+        type=int,
+        default=None,
+        metavar="MICRO-BATCHES",
+        help="The most that --paci-extra-in-flight auto lets the first stage have in flight, M: drift is then at most "
+        "ceil((M-1)/a) updates. Default: 2N, twice what it has without.",
     )
     group.add_argument(
         "--paci-weight-policy",

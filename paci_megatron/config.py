@@ -6,19 +6,41 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .schedule.schedules import parse_slack
+from .telemetry.run_events import slack_choices
 from .usage import UsageError
 
 SCHEDULES = ("1f1b", "paci")
 CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 LINKS = ("p2p", "host")
+AUTO = "auto"
+"""A value of ``--paci-extra-in-flight``."""
 
 
 class ConfigError(UsageError):
     """A command line that cannot work; the message names the value, the constraint and the remedy."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What ``--paci-extra-in-flight`` says: the slack of the links (schedule/schedules.py) from after an iteration on.
+
+    ``choices`` has all of it where it is given, or was chosen by an earlier run; where this run chooses (``is_auto``) only
+    the first, none. ``most`` is the most that the first stage ever has more.
+    """
+
+    choices: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    most: int = 0
+    is_auto: bool = False
+
+    @staticmethod
+    def measured_updates(record_lag: int) -> int:
+        """How many updates are measured before the run chooses."""
+        return 2 * record_lag + 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +52,8 @@ class PaciConfig:
     emulates: bool = False  # all stages in one process
     clip_mode: str = "none"
     drain_interval: int | None = None
-    slack: tuple[int, ...] = ()  # by link, see schedule/schedules.py
+    slack: tuple[int, ...] = ()  # by link, see schedule/schedules.py; of the first plan
+    extra: Extra = Extra()
     weight_policy: str = "latest"
 
     @classmethod
@@ -56,13 +79,15 @@ class PaciConfig:
         _check_packing(args)
         _check_weight_policy(args)
         check_in_flight(args)
+        extra = extra_of(args)
         return cls(
             num_stages,
             schedule=args.pipeline_schedule,
             emulates=args.paci_emulate_stages is not None,
             clip_mode=args.paci_clip_mode if args.clip_grad else "none",
             drain_interval=args.paci_drain_interval,
-            slack=slack_of(args),
+            slack=extra.choices[0][1],
+            extra=extra,
             weight_policy=args.paci_weight_policy,
         )
 
@@ -70,6 +95,7 @@ class PaciConfig:
 NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
     ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
+    ("--paci-memory-budget", "paci_memory_budget", lambda n: n is None or n >= 1, "a number of micro-batches"),
     ("--paci-transfer-ctas", "paci_transfer_ctas", lambda n: n is None or 1 <= n <= 64, "1 to 64 thread blocks"),
     ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
     (
@@ -129,7 +155,17 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def _check_slack(args: argparse.Namespace) -> None:
-    slack_of(args)
+    extra, budget = extra_of(args), args.paci_memory_budget or 0
+    if budget > 0 and not extra.is_auto:
+        raise ConfigError(
+            f"--paci-memory-budget {budget} with --paci-extra-in-flight {args.paci_extra_in_flight}: it bounds what auto "
+            "chooses. Remove it, or give --paci-extra-in-flight auto."
+        )
+    if extra.is_auto and args.paci_emulate_stages is not None:
+        raise ConfigError(
+            f"--paci-extra-in-flight auto with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages take turns "
+            "and wait for nobody, so there is nothing to measure. Give a number, or the metrics file of a run with auto."
+        )
     if str(args.paci_extra_in_flight).strip("0,") and args.pipeline_schedule != "paci":
         raise ConfigError(
             f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
@@ -160,7 +196,8 @@ def check_in_flight(args: argparse.Namespace) -> None:
             f"--paci-start-iteration {args.paci_start_iteration} with --train-iters {iters}: the training ends before PACI "
             f"begins. Give less than {iters}, or remove --pipeline-schedule paci."
         )
-    num_stages, slack = args.paci_emulate_stages or args.pipeline_model_parallel_size, sum(slack_of(args))
+    extra, num_stages = extra_of(args), args.paci_emulate_stages or args.pipeline_model_parallel_size
+    slack = 0 if extra.is_auto else extra.most
     total = iters * (args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
     if args.step_batch_size_schedule is None and slack and num_stages + slack > total:
         raise ConfigError(
@@ -169,12 +206,26 @@ def check_in_flight(args: argparse.Namespace) -> None:
         )
 
 
-def slack_of(args: argparse.Namespace) -> tuple[int, ...]:
-    """By link, what ``--paci-extra-in-flight`` says; ``ConfigError`` if it says nothing that makes sense."""
+def extra_of(args: argparse.Namespace) -> Extra:
+    """What ``--paci-extra-in-flight`` says; ``ConfigError`` if it says nothing that makes sense."""
+    text, num_stages = str(args.paci_extra_in_flight), args.paci_emulate_stages or args.pipeline_model_parallel_size
+    none = (0, (0,) * (num_stages - 1))
+    if text == AUTO:
+        budget = 2 * num_stages if args.paci_memory_budget is None else args.paci_memory_budget
+        if budget < num_stages:
+            raise ConfigError(
+                f"--paci-memory-budget {budget}: {num_stages} stages have {num_stages} micro-batches in flight at the first "
+                f"without any more. Give at least {num_stages}."
+            )
+        return Extra((none,), budget - num_stages, is_auto=True)
     try:
-        return parse_slack(str(args.paci_extra_in_flight), args.paci_emulate_stages or args.pipeline_model_parallel_size)
+        if Path(text).is_file():
+            choices = (none, *slack_choices(Path(text), num_stages))
+            return Extra(choices, max(sum(slack) for _, slack in choices))
+        slack = parse_slack(text, num_stages)
     except ValueError as error:
-        raise ConfigError(f"--paci-extra-in-flight {error}.") from None
+        raise ConfigError(f"--paci-extra-in-flight {error}; or auto, or the metrics file of a run with auto.") from None
+    return Extra(((0, slack),), sum(slack))
 
 
 def _check_trace(args: argparse.Namespace) -> None:
@@ -299,7 +350,7 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             "--step-batch-size-schedule."
         )
     a = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    needed = num_stages - 1 + sum(slack_of(args))
+    needed = num_stages - 1 + extra_of(args).most
     if a < needed:
         raise ConfigError(
             f"--paci-weight-policy double-buffer with {num_stages} stages and {a} micro-batches per update: two weight "

@@ -20,6 +20,7 @@ import torch
 import paci_megatron
 import pretrain_gpt_paci
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.link_times import LinkTimes
 from paci_megatron.schedule import Action
 from paci_megatron.schedule.plan import Plan
 
@@ -83,6 +84,9 @@ class _Alone:
 
     def rank_of(self, stage_index: int) -> int:
         return 0
+
+    def link_times(self) -> dict[int, LinkTimes]:
+        return {}
 
 
 class Measurement:

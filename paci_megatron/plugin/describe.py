@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.records import record_lag
+from paci_megatron.schedule.schedules import even_slack
 
 
 def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int) -> list[str]:
@@ -23,6 +25,20 @@ def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int)
         f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; "
         f"{_weights(config.weight_policy, drift[0])}",
         clipping,
+        *_choosing(config, a),
+    ]
+
+
+def _choosing(config: PaciConfig, a: int) -> list[str]:
+    """What ``--paci-extra-in-flight auto`` may change."""
+    if not config.extra.is_auto:
+        return []
+    lag = record_lag(config.num_stages, a)
+    most = Plan(config.schedule, config.num_stages, a, even_slack(config.num_stages, config.extra.most))
+    return [
+        f"--paci-extra-in-flight auto: after {config.extra.measured_updates(lag)} updates the pipeline drains once and "
+        f"chooses by what was measured: at most {most.max_in_flight(0)} micro-batches in flight at the first stage, "
+        f"drift of at most {most.max_drift(0)} updates"
     ]
 
 

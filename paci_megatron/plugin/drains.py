@@ -69,6 +69,10 @@ class Drains:
             or (args.step_batch_size_schedule is not None and self._changes_microbatches(n))
         )
 
+    def request(self, iterations: Iterable[int]) -> None:
+        """Drain after these too."""
+        self._requested.update(iterations)
+
     def leaves_flush(self, iteration: int) -> bool:
         """Whether the stages were kept together up to ``iteration`` and are not from there on."""
         kept = iteration == self._args.paci_start_iteration or (bool(self._flushing) and iteration == self._flushing[-1])

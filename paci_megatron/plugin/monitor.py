@@ -108,11 +108,11 @@ class RunMonitor:
         perplexity = math.exp(min(20.0, loss))
         self._file.write("evaluation", **self._position(iteration), prefix=prefix, loss=loss, perplexity=perplexity)
 
-    def fell_back(self, iteration: int, reason: str) -> None:
-        """Because of ``iteration`` the stages will flush for a while, or what else ``reason`` says."""
-        print_last_rank(reason)
+    def tell(self, event: str, iteration: int, line: str, **fields: Any) -> None:
+        """Something was decided after ``iteration``: ``line`` goes to the log, ``event`` with the fields to the metrics."""
+        print_last_rank(line)
         if self._file is not None:
-            self._file.write("fallback", iteration=iteration, reason=reason)
+            self._file.write(event, iteration=iteration, **fields)
 
     def pause(self) -> None:
         """Training time stands still from here."""

@@ -29,6 +29,7 @@ from .log import print_last_rank
 from .moe_metrics import DrainedMoEMetrics
 from .monitor import RunMonitor
 from .running_plan import RunningPlan
+from .slack_choice import SlackChoices, choice_line
 from .stage import Stage
 from .watchdog import Watchdog, transfer_timeout_s
 
@@ -98,9 +99,14 @@ class Run:
                 stage.saved = SavedActivations(stage.model.parameters())
         # Megatron's loop logs it in every iteration, and would wait for the device.
         self.loss_scale = torch.tensor(float(optimizer.get_loss_scale()), device="cpu")
-        if self.restored is not None:
-            self._restore(self.restored)
-        self._new_plan(get_num_microbatches()).check()
+        restored = self.restored or {}
+        if restored:
+            self._restore(restored)
+        self._slack = SlackChoices(self._config, self.iteration, restored.get("slack"))
+        begin = max(self.iteration, args.paci_start_iteration)
+        self.drains.request(self._slack.drains(begin, self._new_plan(get_num_microbatches()).record_lag))
+        for after in {self.iteration, *(after for after, _ in self._slack.choices)}:
+            self._new_plan(get_num_microbatches(), max(after, self.iteration)).check()
         if args.num_experts is not None:
             self._moe_tracker = moe_logging.get_moe_metrics_tracker()
             moe_logging.set_moe_metrics_tracker(DrainedMoEMetrics(self.drained_iterations))
@@ -158,8 +164,9 @@ class Run:
         if self.drains.is_drain(self.iteration):
             for running in self.plans:
                 running.finish()
-            self.plans = []
+            ended, self.plans = self.plans[0].plan, []
             self._check_tied_embeddings()
+            self._settle_slack(ended)
         scale = self.stages[0].loss_scale
         if scale.is_used:  # that of the next window
             next_scale = scale.of(self.iteration - self.plans[0].begin + 1) if self.plans else scale.latest
@@ -173,7 +180,11 @@ class Run:
         """
         state = None
         if self.runs_plans and not self.is_loading:
-            state = {"last_total": self.stages[0].last_total.to_save(), **self.drains.to_save()}
+            state = {
+                "last_total": self.stages[0].last_total.to_save(),
+                "slack": self._slack.choices,
+                **self.drains.to_save(),
+            }
         return argparse.Namespace(**{**vars(args), "paci_state": state})
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -192,14 +203,26 @@ class Run:
         self.drains = Drains(self.args, interval, MicrobatchForecast(self.args))
         self.monitor = RunMonitor(self.args, meters, self.drains)
 
-    def _new_plan(self, microbatches_per_update: int) -> Plan:
-        """The plan that begins after this iteration."""
-        begin, drains, config = self.iteration, self.drains, self._config
+    def _settle_slack(self, ended: Plan) -> None:
+        """At a drain, that of the plans to come. Collective where it is to be chosen."""
+        found: dict[str, Any] = {}
+        if self._slack.is_due(self.iteration, ended):
+            found = self._slack.choose(self.iteration, ended, self.meters, self._transport)
+        elif not self._slack.begins_after(self.iteration):
+            return
+        plan = self._new_plan(ended.microbatches_per_update)
+        plan.check()
+        self.monitor.tell("slack", self.iteration, choice_line(self.iteration, plan, found), slack=plan.slack, **found)
+
+    def _new_plan(self, microbatches_per_update: int, begin: int | None = None) -> Plan:
+        """The plan that begins after iteration ``begin``, this one if None."""
+        begin = self.iteration if begin is None else begin
+        drains, config = self.drains, self._config
         return Plan(
             config.schedule,
             config.num_stages,
             microbatches_per_update,
-            config.slack,
+            self._slack.after(begin),
             lambda update: drains.is_drain(begin + update),
             gradients_ahead=not self._transport.receives_hold_device,
         )
@@ -212,7 +235,7 @@ class Run:
             self.totals[begin + update] = total
             line = self.drains.hear(begin + update, total, known_at=begin + update + plan.record_lag)
             if line is not None:
-                self.monitor.fell_back(begin + update, line)
+                self.monitor.tell("fallback", begin + update, line, reason=line)
 
         self.plans = [
             RunningPlan(plan, begin, stage, self._config, self.args, self._transport, self._optimizer, on_total)

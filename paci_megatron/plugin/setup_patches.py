@@ -24,6 +24,7 @@ from paci_megatron.platform.without_te import adapt_to_installed, check_installe
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.schedule.records import record_lag
+from paci_megatron.schedule.schedules import even_slack
 
 from . import emulation
 from . import run as runs
@@ -196,7 +197,8 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
                 return model, optimizer, scheduler
             process_groups = ProcessGroupCollection.use_mpu_process_groups()
             stage = Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)
-            lag = record_lag(pipeline.size(), get_num_microbatches(), PaciConfig.from_args(args).slack)
+            most = even_slack(pipeline.size(), PaciConfig.from_args(args).extra.most)
+            lag = record_lag(pipeline.size(), get_num_microbatches(), most)
             stages, transport = [stage], process_transport(args, stage, lag)
         run.start(stages, transport, optimizer)
         config = PaciConfig.from_args(args)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any, NamedTuple
 
 import torch
+
+SECTIONS = 256
+"""How many of each name a :class:`Stopwatch` remembers."""
 
 
 class Stopwatch:
@@ -18,19 +21,25 @@ class Stopwatch:
     A pair of events also spans the gaps in which the device waits for the host to queue its next kernel. There are none if
     the whole section was queued before the device came to it; the time of the sections for which that was not so is summed
     apart, as ``host_bound_s``: it may be computing or not.
+
+    ``sections`` has the seconds of the latest sections of each name, as far as :meth:`so_far_s` has got.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.sections: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=SECTIONS))
+        self._name = ""
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._started = 0.0
         self._host_bound_s = 0.0
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = deque()  # and whether it was caught up with
+        # With whether it was caught up with, and the name.
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool, str]] = deque()
         self._open: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # started and not stopped
         self._free: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self) -> None:
+    def start(self, name: str = "") -> None:
         """Begin a section."""
+        self._name = name
         if not self._on_gpu:
             self._started = time.perf_counter()
             return
@@ -44,15 +53,23 @@ class Stopwatch:
             assert self._open is not None
             begun, ended = self._open
             ended.record()
-            self._pending.append((begun, ended, begun.query()))
+            self._pending.append((begun, ended, begun.query(), self._name))
         else:
-            self._seconds += time.perf_counter() - self._started
+            seconds = time.perf_counter() - self._started
+            self._seconds += seconds
+            self.sections[self._name].append(seconds)
 
     def so_far_s(self) -> float:
         """The seconds summed since :meth:`take_s`, without waiting: on a GPU as far as it has got."""
         while self._pending and self._pending[0][1].query():
             self._add_up()
         return self._seconds
+
+    def wait(self) -> None:
+        """Wait until a GPU has come to the end of all sections."""
+        while self._pending:
+            self._pending[0][1].synchronize()
+            self._add_up()
 
     @property
     def host_bound_s(self) -> float:
@@ -65,18 +82,17 @@ class Stopwatch:
 
     def take(self) -> tuple[float, float]:
         """:meth:`take_s`, and what of it is ``host_bound_s``, which starts again from zero too."""
-        while self._pending:
-            self._pending[0][1].synchronize()
-            self._add_up()
+        self.wait()
         taken = self._seconds, self._host_bound_s
         self._seconds = self._host_bound_s = 0.0
         return taken
 
     def _add_up(self) -> None:
-        begun, ended, caught_up = self._pending.popleft()
+        begun, ended, caught_up, name = self._pending.popleft()
         seconds = begun.elapsed_time(ended) / 1000
         self._seconds += seconds
         self._host_bound_s += seconds * caught_up
+        self.sections[name].append(seconds)
         self._free.append((begun, ended))
 
 

@@ -13,6 +13,7 @@ from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.plan import Plan
 
 from .control import Record
+from .link_times import LinkTimes
 
 
 class InProcessLink:
@@ -205,3 +206,7 @@ class InProcessTransport:
     def rank_of(self, stage_index: int) -> int:
         """See :class:`~.links.Transport`."""
         return 0
+
+    def link_times(self) -> dict[int, LinkTimes]:
+        """See :class:`~.links.Transport`: no time at all."""
+        return {}

@@ -180,7 +180,7 @@ class Executor:
         input_tensor = self._link.receive_forward(microbatch)
         self._listener.received()
         version = self._weights.for_forward(microbatch)
-        with self._meter.computing(), self._weights.in_place(version):
+        with self._meter.computing(Kind.FORWARD), self._weights.in_place(version):
             output_tensor = self._compute.forward(microbatch, input_tensor)
             if self._weight_drift is not None:
                 self._weight_drift.forwarded(version)
@@ -200,7 +200,7 @@ class Executor:
         entry = self.state.pop(microbatch)
         version = self._weights.for_backward(entry)
         self._meter.count_backward(drift=version - entry.forward_version)
-        with self._meter.computing(), self._weights.in_place(version):
+        with self._meter.computing(Kind.BACKWARD), self._weights.in_place(version):
             self._to_send = self._compute.backward(entry, output_gradient)
             if self._weight_drift is not None:
                 self._weight_drift.backwarded(entry.forward_version, version)
@@ -214,11 +214,11 @@ class Executor:
         later = self._link.receive_report()
         self._link.post_receive_total()
         self._listener.received()
-        with self._meter.computing():
+        with self._meter.computing(Kind.REPORT):
             self._update.report(update, later)
 
     def _apply_update(self, update: int) -> UpdateResult:
-        with self._meter.computing():
+        with self._meter.computing(Kind.UPDATE):
             self._weights.begin_update(self.state.in_flight)
             result = self._update.apply(update)
             self._weights.end_update()

@@ -17,6 +17,7 @@ from paci_megatron.schedule.schedules import sends_in_flight
 
 from .control import Record
 from .emulate import HandOver, InProcessExchange, LocalRecords
+from .link_times import LinkTimes, measure
 from .links import (
     DirectIncoming,
     DirectOutgoing,
@@ -244,3 +245,17 @@ class ProcessTransport:
     def rank_of(self, stage_index: int) -> int:
         """See :class:`~.links.Transport`."""
         return self._ranks[stage_index]
+
+    def link_times(self) -> dict[int, LinkTimes]:
+        """See :class:`~.links.Transport`. First the links that begin at an even stage, all at once, then the others."""
+        device = torch.device("cpu") if self._through_host else self._device
+        like, found = torch.zeros(self._shape, dtype=self._dtype, device=device), {}
+        for link in sorted(range(len(self._ranks) - 1), key=lambda link: (link % 2, link)):
+            before, after = self._ranks[link], self._ranks[link + 1]
+            if before != after and self._here in (before, after):
+                there = self._directions[self._name("ACTIVATIONS", link), before, after]
+                back = self._directions[self._name("GRADIENTS", link), after, before]
+                measured = measure(there, back, like)
+                if self._here == before:
+                    found[link] = measured
+        return found

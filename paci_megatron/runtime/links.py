@@ -16,6 +16,7 @@ from paci_megatron.schedule.plan import Plan
 from .control import Record, RecordLink
 from .device import HostCopy, host_buffer
 from .emulate import LocalRecords
+from .link_times import LinkTimes
 from .tied_embeddings import TensorExchange
 
 
@@ -67,6 +68,9 @@ class Transport(Protocol):
 
     def rank_of(self, stage_index: int) -> int:
         """The rank of a stage's process in this pipeline."""
+
+    def link_times(self) -> dict[int, LinkTimes]:
+        """Of the links that begin at a stage of this process. Collective over the pipeline, while it is empty."""
 
 
 class Outgoing(Protocol):

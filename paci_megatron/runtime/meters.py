@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import median, quantiles
+from typing import Any, NamedTuple
 
 import torch
 
 from paci_megatron.runtime.device import Stopwatch
+from paci_megatron.schedule import Kind
 from paci_megatron.schedule.plan import Plan
 
 
@@ -44,6 +46,26 @@ class StageFigures:
         return asdict(self)
 
 
+class ActionTimes(NamedTuple):
+    """How long a stage's actions of one kind took: the median in seconds, and between which shares of it, 1 - ``spread`` and
+    1 + ``spread``, they are evenly distributed if they are.
+    """
+
+    median_s: float
+    spread: float
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> ActionTimes:
+        """Nothing where there are too few."""
+        ordered = sorted(seconds)
+        if len(ordered) < 2:
+            return cls(ordered[0] if ordered else 0.0, 0.0)
+        # Without the tenths at both ends, where the first actions of a process are.
+        tenths = quantiles(ordered, n=10, method="inclusive")
+        middle = median(ordered)
+        return cls(middle, (tenths[-1] - tenths[0]) / 1.6 / middle if middle else 0.0)
+
+
 class BoundError(RuntimeError):
     """A stage went beyond what its schedule allows: a bug in the schedule or its execution."""
 
@@ -73,9 +95,9 @@ class StageMeter:
         self._in_flight_bound = plan.max_in_flight(self.stage_index)
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Time spent inside is work; what remains of the wall time is the stage's bubble."""
-        self._busy.start()
+    def computing(self, what: str = "") -> Iterator[None]:
+        """Time spent inside is work; what remains of the wall time is the stage's bubble. ``what`` is the action's kind."""
+        self._busy.start(what)
         try:
             yield
         finally:
@@ -123,6 +145,11 @@ class StageMeter:
         self._interval_bubble = min(max(1.0 - (busy_s - self._interval_busy_s) / wall_s, 0.0), 1.0)
         self.host_bound_fraction = (host_bound_s - self._interval_host_bound_s) / wall_s
         self._interval_since, self._interval_busy_s, self._interval_host_bound_s = now, busy_s, host_bound_s
+
+    def action_times(self, kind: Kind) -> ActionTimes:
+        """Of the latest actions of this kind. Synchronises with a GPU."""
+        self._busy.wait()
+        return ActionTimes.of(self._busy.sections[kind])
 
     @property
     def interval_bubble(self) -> float:

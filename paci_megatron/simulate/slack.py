@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 from paci_megatron.schedule.schedules import paci, with_transfers
@@ -13,22 +14,28 @@ from .engine import simulate
 WORTH = 0.02
 """A throughput that is less by no more than this share is worth fewer micro-batches in flight."""
 
+TRIED_ONE_BY_ONE = 8
+"""With more links than this that want slack, what is taken away is spread over all of them: there are too many ways."""
 
-def cheapest_slack(microbatches_per_update: int, costs: Costs, most: int, worth: float = WORTH) -> tuple[int, ...]:
+Slack = tuple[int, ...]
+
+
+def cheapest_slack(
+    microbatches_per_update: int, costs: Costs, most: int, gradients_ahead: bool = True, worth: float = WORTH
+) -> Slack:
     """By link, the slack of at most ``most`` micro-batches in all with nearly the best throughput that so many allow.
 
     Begins with more than any link can use and takes away one micro-batch after the other, always where it is missed least,
     of equals the one that the most stages hold; ends where a further one would cost more than ``worth``.
     """
-    stages = costs.stages
-    period_s = max(stage.forward_s + stage.backward_s for stage in stages)
 
     @cache
-    def throughput(slack: tuple[int, ...]) -> float:
-        return paci_microbatches_per_s(microbatches_per_update, costs, slack)
+    def throughput(slack: Slack) -> float:
+        return paci_microbatches_per_s(microbatches_per_update, costs, slack, gradients_ahead)
 
-    round_trips = (latency + link for latency, link in zip(costs.latencies_s, costs.links_s, strict=True))
-    slack = tuple(math.ceil(2 * one_way / period_s) + (costs.jitter > 0) for one_way in round_trips)
+    slack = _useful(costs, most)
+    if sum(has > 0 for has in slack) > TRIED_ONE_BY_ONE:
+        return _cheapest_share(slack, throughput, most, worth)
     best = throughput(slack) if sum(slack) <= most else 0.0
     while any(slack):
         fewer = [tuple(n - (at == link) for at, n in enumerate(slack)) for link, has in enumerate(slack) if has]
@@ -42,14 +49,39 @@ def cheapest_slack(microbatches_per_update: int, costs: Costs, most: int, worth:
     return slack
 
 
-def paci_microbatches_per_s(microbatches_per_update: int, costs: Costs, slack: tuple[int, ...], updates: int = 0) -> float:
-    """PACI's throughput with that slack, of the last two thirds of ``updates`` (0: as many as it takes to settle)."""
+def _useful(costs: Costs, most: int) -> Slack:
+    """By link, more than it can use: a round trip's worth of micro-batches, and one where times are uneven."""
+    period_s = max(stage.forward_s + stage.backward_s for stage in costs.stages)
+    one_ways = (latency + link for latency, link in zip(costs.latencies_s, costs.links_s, strict=True))
+    return tuple(min(math.ceil(2 * one_way / period_s) + (costs.jitter > 0), most) for one_way in one_ways)
+
+
+def _cheapest_share(wanted: Slack, throughput: Callable[[Slack], float], most: int, worth: float) -> Slack:
+    """Of evenly spread shares of ``wanted`` the least with nearly the throughput of the largest that ``most`` allows."""
+
+    def share(total: int) -> Slack:
+        before, result = 0, []
+        for until in (sum(wanted[: link + 1]) * total // sum(wanted) for link in range(len(wanted))):
+            result.append(until - before)
+            before = until
+        return tuple(result)
+
+    low, high = 0, min(most, sum(wanted))
+    enough = (1 - worth) * throughput(share(high))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if throughput(share(middle)) >= enough else (middle + 1, high)
+    return share(high)
+
+
+def paci_microbatches_per_s(microbatches_per_update: int, costs: Costs, slack: Slack, gradients_ahead: bool = True) -> float:
+    """PACI's throughput with that slack once it has settled; for ``gradients_ahead`` see :class:`~.schedule.plan.Plan`."""
     n, a = len(costs.stages), microbatches_per_update
-    updates = updates or 6 * -(-(n + sum(slack)) // a) + -(-96 // a)
+    updates = 6 * -(-(n + sum(slack)) // a) + -(-96 // a)
     plans = []
     for stage in range(n):
         actions = paci(stage, n, a, slack=slack)
-        plans.append(
-            with_transfers(actions, stage, n, a, slack=slack, gradients_ahead=True) if costs.handshakes else actions
-        )
+        if costs.handshakes:
+            actions = with_transfers(actions, stage, n, a, slack=slack, gradients_ahead=gradients_ahead)
+        plans.append(actions)
     return simulate(plans, costs, last_update=updates).microbatches_per_s(updates // 3)

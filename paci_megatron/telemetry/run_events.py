@@ -23,6 +23,19 @@ def read_run_events(path: Path) -> list[Event]:
         raise ValueError(f"{path}: not a metrics file; name one that --paci-metrics-file has written") from error
 
 
+def slack_choices(path: Path, num_stages: int) -> list[tuple[int, tuple[int, ...]]]:
+    """What a run with ``--paci-extra-in-flight auto`` chose: after which iteration, and the slack of each link from there.
+
+    ``ValueError`` if the metrics file has none, or of another number of stages.
+    """
+    choices = [(event["iteration"], tuple(event["slack"])) for event in named(read_run_events(path), "slack")]
+    if not choices:
+        raise ValueError(f"{path}: no choice of a run with --paci-extra-in-flight auto is in it")
+    if any(len(slack) != num_stages - 1 for _, slack in choices):
+        raise ValueError(f"{path}: chosen for {len(choices[0][1]) + 1} stages, and here are {num_stages}")
+    return choices
+
+
 def named(events: Iterable[Event], name: str) -> list[Event]:
     """The events of this name, in order."""
     return [event for event in events if event["event"] == name]

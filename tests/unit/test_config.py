@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +15,12 @@ from paci_megatron.arguments import add_paci_arguments
 from paci_megatron.config import (
     NUMBERS,
     ConfigError,
+    Extra,
     PaciConfig,
     check_emulation,
     check_host_link_on_gpu,
     check_options,
+    extra_of,
     together,
 )
 
@@ -39,6 +44,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_link": "p2p",
         "paci_weight_policy": "latest",
         "paci_extra_in_flight": "0",
+        "paci_memory_budget": None,
         "paci_trace_dir": None,
         "global_batch_size": 16,
         "micro_batch_size": 2,
@@ -62,7 +68,9 @@ def namespace(**changes: Any) -> argparse.Namespace:
 
 
 def test_an_ordinary_command_line_is_accepted() -> None:
-    assert PaciConfig.from_args(namespace()) == PaciConfig(num_stages=4, clip_mode="none", slack=(0, 0, 0))
+    assert PaciConfig.from_args(namespace()) == PaciConfig(
+        num_stages=4, clip_mode="none", slack=(0, 0, 0), extra=Extra(((0, (0, 0, 0)),))
+    )
 
 
 def test_all_reasons_come_at_once() -> None:
@@ -104,9 +112,11 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
         (
             "paci_extra_in_flight",
             ("-1", "some", "1,"),
-            "0 or a number of micro-batches, or one for each link between stages, like 0,4,0",
+            "0 or a number of micro-batches, or one for each link between stages, like 0,4,0; "
+            "or auto, or the metrics file of a run with auto",
         ),
         ("paci_drain_interval", (0, -1), "at least 1 update"),
+        ("paci_memory_budget", (0, -2), "a number of micro-batches"),
         ("paci_transfer_ctas", (0, -4, 65), "1 to 64 thread blocks"),
     ],
 )
@@ -241,3 +251,50 @@ def test_the_host_link_is_refused_where_it_cannot_work() -> None:
         flag = "--" + name.replace("_", "-")
         with pytest.raises(ConfigError, match=f"--paci-link host with {flag}.* on a GPU.*Remove {flag}"):
             check_host_link_on_gpu(namespace(**{**fitting, name: value}))
+
+
+def test_auto_has_twice_the_activations_unless_told_otherwise() -> None:
+    none = (0, (0, 0, 0))
+    assert extra_of(namespace(paci_extra_in_flight="auto")) == Extra((none,), most=4, is_auto=True)
+    assert extra_of(namespace(paci_extra_in_flight="auto", paci_memory_budget=6)) == Extra((none,), most=2, is_auto=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"paci_extra_in_flight": "auto", "paci_memory_budget": 3},
+            "in flight at the first without any more",
+        ),
+        ({"paci_memory_budget": 8}, "--paci-memory-budget 8 with --paci-extra-in-flight 0: it bounds what auto chooses"),
+        ({"paci_extra_in_flight": "auto", "paci_emulate_stages": 4}, "emulated stages take turns and wait for nobody"),
+        ({"paci_extra_in_flight": "auto", "pipeline_schedule": "1f1b"}, "a flush leaves nothing in flight"),
+    ],
+)
+def test_auto_is_refused_where_there_is_nothing_to_choose(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_options(namespace(**values))
+
+
+def test_a_metrics_file_has_what_an_earlier_run_chose(tmp_path: Path) -> None:
+    """Of iterations that were trained again the last choice counts."""
+    path = tmp_path / "metrics.jsonl"
+    run, train = {"event": "run", "iteration": 0}, {"event": "train", "iteration": 20, "iterations": 1, "train_s": 1.0}
+    train |= {"time_s": 1.0, "ms_per_iteration": 1.0}
+    events = [
+        run,
+        {"event": "slack", "iteration": 10, "slack": [0, 2, 0]},
+        {"event": "slack", "iteration": 18, "slack": [9, 9, 9]},
+        train,
+        run | {"iteration": 12},
+        {"event": "slack", "iteration": 18, "slack": [1, 2, 0]},
+        train,
+    ]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    chosen = ((0, (0, 0, 0)), (10, (0, 2, 0)), (18, (1, 2, 0)))
+    assert extra_of(namespace(paci_extra_in_flight=str(path))) == Extra(chosen, most=3)
+    with pytest.raises(ConfigError, match="chosen for 4 stages, and here are 2"):
+        extra_of(namespace(paci_extra_in_flight=str(path), pipeline_model_parallel_size=2))
+    path.write_text(json.dumps(run) + "\n")
+    with pytest.raises(ConfigError, match="no choice of a run with --paci-extra-in-flight auto is in it"):
+        extra_of(namespace(paci_extra_in_flight=str(path)))

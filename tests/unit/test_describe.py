@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from paci_megatron.config import PaciConfig
+from paci_megatron.config import Extra, PaciConfig
 from paci_megatron.plugin.describe import describe
 from paci_megatron.plugin.run_header import launch_command
 
@@ -33,6 +33,12 @@ def test_schedule_and_clipping() -> None:
         "schedule 1f1b: 2 stages emulated in one process, 4 micro-batches per update",
         "clipping: none",
     ]
+
+
+def test_auto_says_when_it_chooses_and_what_bounds_it() -> None:
+    line = describe(PaciConfig(4, extra=Extra(((0, (0, 0, 0)),), most=4, is_auto=True)), 0.0, 2)[-1]
+    assert line.startswith("--paci-extra-in-flight auto: after 12 updates the pipeline drains once")
+    assert line.endswith("at most 8 micro-batches in flight at the first stage, drift of at most 4 updates")
 
 
 def test_a_metrics_file_names_the_command_that_starts_the_run_again() -> None:

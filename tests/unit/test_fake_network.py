@@ -12,6 +12,7 @@ import torch
 from paci_megatron.runtime import links
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.emulate import InProcessTransport
+from paci_megatron.runtime.link_times import LinkTimes
 from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, P2PLink, RemoteRecords, TensorPair
 from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.schedule.plan import Plan
@@ -47,6 +48,9 @@ class Network:
             return Neighbour(DirectOutgoing(out, there, hold), self._receives(there, ring, SHAPE), told)
 
         return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1))
+
+    def link_times(self) -> dict[int, LinkTimes]:
+        return {}
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> TensorPair | None:
         here, other = self._stage, NUM_STAGES - 1 - self._stage

@@ -1,10 +1,17 @@
-"""Slow links in the simulator, and the cheapest slack that hides them."""
+"""Slow links in the simulator, the cheapest slack that hides them, and what a run makes of what it measured."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from paci_megatron.config import Extra, PaciConfig
+from paci_megatron.plugin.slack_choice import Measured, SlackChoices, choice_line, costs_of
+from paci_megatron.runtime.link_times import LinkTimes
+from paci_megatron.runtime.meters import ActionTimes
 from paci_megatron.schedule import parse_actions
+from paci_megatron.schedule.plan import Plan
 from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.simulate.engine import simulate
 from paci_megatron.simulate.peers import find_schedule
@@ -71,3 +78,67 @@ def test_jitter_takes_slack_too() -> None:
     slack = cheapest_slack(8, uneven, most=8)
     assert 0 < sum(slack) <= 8
     assert paci_microbatches_per_s(8, uneven, slack) > 0.96 / 90 > paci_microbatches_per_s(8, uneven, (0,) * 7)
+
+
+def test_among_many_links_slack_is_spread_over_all_that_want_it() -> None:
+    far = pipeline(16, latency_s=DELAY)
+    slack = cheapest_slack(16, far, most=32)
+    assert slack == (1,) * 15 and paci_microbatches_per_s(16, far, slack) == pytest.approx(1 / 90)
+    for most in (4, 9):
+        fewer = cheapest_slack(16, far, most=most)
+        assert sum(fewer) <= most and set(fewer) == {0, 1}
+
+
+def test_where_gradients_are_received_when_due_slack_does_not_hide_the_handshake() -> None:
+    slow = pipeline(2, latency_s=DELAY)
+    assert cheapest_slack(4, slow, most=4, gradients_ahead=False) == (0,)
+    assert paci_microbatches_per_s(4, slow, (4,), gradients_ahead=False) < 0.75 / 90
+
+
+def test_times_of_a_stages_actions_are_their_median_and_how_far_they_spread() -> None:
+    even = [1 + 0.2 * (n / 50 - 1) for n in range(101)]  # between 0.8 and 1.2
+    assert ActionTimes.of([50.0, *even]) == (pytest.approx(1, abs=0.01), pytest.approx(0.2, abs=0.01))
+    assert ActionTimes.of([2.0] * 9) == (2, 0) and ActionTimes.of([3.0]) == (3, 0) and ActionTimes.of([]) == (0, 0)
+
+
+def measured(stage: int, forward_s: float = 0.03, latency_s: float = 0.0, message_s: float = 0.0) -> Measured:
+    return Measured(stage, ActionTimes(forward_s, 0.1), ActionTimes(0.06, 0.3), 0.001, LinkTimes(latency_s, message_s))
+
+
+def test_of_several_replicas_the_slowest_stage_and_link_count() -> None:
+    replicas = [measured(0, latency_s=0.02, message_s=0.5), measured(1), measured(0, forward_s=0.04), measured(1)]
+    costs = costs_of(replicas)
+    assert [(stage.forward_s, stage.backward_s, stage.update_s) for stage in costs.stages] == [
+        (0.04, 0.06, 0.001),
+        (0.03, 0.06, 0.001),
+    ]
+    assert (costs.latencies_s, costs.links_s, costs.jitter) == ((0.02,), (0.5,), pytest.approx(0.2))
+
+
+def choices(saved: Any = None, iteration: int = 0, **extra: Any) -> SlackChoices:
+    extra = {"choices": ((0, (0, 0)),), "most": 3, **extra}
+    return SlackChoices(PaciConfig(3, extra=Extra(**extra)), iteration, saved)
+
+
+def test_a_run_that_chooses_drains_once_and_a_resumed_one_keeps_what_it_has() -> None:
+    plan = Plan("paci", 3, 2)
+    first = choices(is_auto=True)
+    assert first.drains(5, plan.record_lag) == [5 + 2 * 2 + 8]
+    assert [first.is_due(iteration, plan) for iteration in (11, 12)] == [False, True]
+    saved = [[0, [0, 0]], [12, [1, 2]], [30, [0, 1]]]
+    resumed = choices(saved, iteration=20, is_auto=True)
+    assert resumed.drains(20, plan.record_lag) == [12] and resumed.after(20) == (1, 2), "30 is yet to come"
+    assert not resumed.is_due(31, plan) and resumed.is_due(32, plan)
+    for other in ([[0, [0]], [12, [2]]], [[0, [0, 0]], [12, [3, 3]]]):  # of another pipeline, of a larger budget
+        assert choices(other, iteration=20, is_auto=True).drains(20, plan.record_lag) == [32]
+
+
+def test_a_run_that_is_done_again_drains_where_the_first_one_chose() -> None:
+    again = choices(choices=((0, (0, 0)), (12, (1, 2)), (30, (0, 1))))
+    assert again.drains(0, 2) == [12, 30] and not again.is_due(100, Plan("paci", 3, 2))
+    assert [again.after(iteration) for iteration in (0, 11, 12, 29, 30)] == [(0, 0), (0, 0), (1, 2), (1, 2), (0, 1)]
+    assert [again.begins_after(iteration) for iteration in (0, 12, 13)] == [False, True, False]
+    line = choice_line(12, Plan("paci", 3, 2, again.after(12)), {})
+    assert line.startswith(
+        "in flight from iteration 13 on: 1,2 more by link, 6 micro-batches at the first stage, drift of at "
+    )

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "arguments": {"config"},
     "flags": {"config", "simulate"},
-    "config": {"schedule", "usage"},
+    "config": {"schedule", "telemetry", "usage"},
     "usage": set(),
     "__main__": {"", "plugin"},
     "": {"config", "plugin"},

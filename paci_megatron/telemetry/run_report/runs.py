@@ -80,7 +80,11 @@ class ReportedRun:
             return None
         if self.schedule != "paci":
             return [0] * n
-        return [max_drift(stage, n, a, self.header.get("slack", ())) for stage in range(n)]
+        return [max(max_drift(stage, n, a, slack) for slack in self.slacks()) for stage in range(n)]
+
+    def slacks(self) -> list[tuple[int, ...]]:
+        """Of the links, as given first and as chosen since."""
+        return [tuple(self.header.get("slack", ())), *(tuple(event["slack"]) for event in named(self.events, "slack"))]
 
 
 def read_runs(named_paths: Sequence[tuple[str | None, Path]]) -> list[ReportedRun]:

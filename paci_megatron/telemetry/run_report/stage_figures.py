@@ -155,7 +155,7 @@ def _largest(data: Sequence[Plot]) -> float:
 
 
 def _full_pipeline(run: ReportedRun) -> list[float]:
-    n, a, slack = run.num_stages or 0, run.microbatches_per_update or 1, run.header.get("slack", ())
+    n, a, slack = run.num_stages or 0, run.microbatches_per_update or 1, run.slacks()[-1]
     return [(max_in_flight(stage, n, slack) - 1) / a for stage in range(n)]
 
 
