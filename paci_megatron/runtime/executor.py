@@ -148,11 +148,18 @@ class Executor:
         if self.finished is None or self.finished.kind is Kind.UPDATE:
             self._link.post_receive_report()  # of the window that begins
         self._listener.begin(action)
+        result = None
         # A range of this name in PyTorch's profiler and in nsys.
         with torch.profiler.record_function(str(action)):
-            result = self._apply_update(action.index) if action.kind is Kind.UPDATE else None
-            if result is None:
+            if action.kind is not Kind.UPDATE:
                 self._perform[action.kind](action.index)
+            else:
+                with self._meter.computing(Kind.UPDATE):
+                    self._weights.begin_update(self.state.in_flight)
+                    result = self._update.apply(action.index)
+                    self._weights.end_update()
+                self._meter.count_update(successful=result.successful)
+                self._meter.count_copies(self._weights.copied_bytes)
         self._listener.end()
         self.finished, self.current = action, None
         return result
@@ -216,12 +223,3 @@ class Executor:
         self._listener.received()
         with self._meter.computing(Kind.REPORT):
             self._update.report(update, later)
-
-    def _apply_update(self, update: int) -> UpdateResult:
-        with self._meter.computing(Kind.UPDATE):
-            self._weights.begin_update(self.state.in_flight)
-            result = self._update.apply(update)
-            self._weights.end_update()
-        self._meter.count_update(successful=result.successful)
-        self._meter.count_copies(self._weights.copied_bytes)
-        return result
