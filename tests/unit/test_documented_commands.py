@@ -23,6 +23,9 @@ SHOWN = ("paci-megatron: ", "ok: ", "pretrain_gpt_paci.py      Megatron's", "sta
 
 # Blocks that a test runs as a whole, by their first line.
 SCRIPTS = {
+    "pip install 'paci_megatron-0.1.0-py3-none-any.whl[plot]'": (
+        "tests/unit/test_packaging.py::test_wheel_installs_into_an_empty_environment"
+    ),
     "TEXT='docs/*.md'": "tests/functional/test_commands.py::test_the_readmes_commands_for_ones_own_data",
     "train() {": "tests/functional/test_commands.py::test_the_guides_kill_and_resume",
     "pkill -KILL -f runs/killed": "tests/functional/test_commands.py::test_the_guides_kill_and_resume",

@@ -20,6 +20,7 @@ import pytest
 
 import paci_megatron
 from paci_megatron.cli import main as cli
+from tests.support.torchrun import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_VENV = ROOT / "tools" / "make_venv.sh"
@@ -179,14 +180,44 @@ def test_every_extra_that_a_message_names_exists(wheel: Path) -> None:
     assert {"data", "eval", "gpu", "plot", "tensorboard", *cli.EXTRAS.values()} <= set(extras)
 
 
+def check_first_hour(environment: Path, folder: Path) -> None:
+    """A script that knows nothing of the plugin, from the empty environment to the report of both schedules."""
+    script = str(shutil.copy(ROOT / "tests/functional/any_script.py", folder))
+    train = ["--nproc-per-node", "2", "-m", "paci_megatron", script, *MODEL, "--train-iters", "20"]
+    train += ["--pipeline-model-parallel-size", "2"]
+    commands: list[list[str]] = [
+        ["paci-megatron", "doctor"],
+        ["paci-megatron", "check", "--", "torchrun", *train, "--pipeline-schedule", "paci"],
+        *(
+            [
+                "torchrun",
+                "--standalone",
+                *train,
+                "--pipeline-schedule",
+                schedule,
+                "--paci-metrics-file",
+                f"runs/{schedule}.jsonl",
+            ]
+            for schedule in ("1f1b", "paci")
+        ),
+        ["paci-megatron", "report", "runs", "--output", "report.html"],
+    ]
+    for program, *arguments in commands:
+        done = run_elsewhere(environment, folder, program, *arguments)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "tokens/s" in page and "runs/paci.jsonl" in page
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
-    install = ["python", "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}"]
+    install = ["python", "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}[plot]"]
     done = run_elsewhere(environment, tmp_path, *install)
     assert done.returncode == 0, done.stdout + done.stderr
+    check_first_hour(environment, tmp_path)
     for command in COMMANDS:
         arguments, status, answer = ANSWERS[command]
         done = run_elsewhere(environment, tmp_path, "paci-megatron", command, *shlex.split(arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -125,3 +126,10 @@ def test_each_command_refuses_in_one_line(
     assert is_refusal(status, output.err + output.out, words), output.err + output.out
     assert not files(tmp_path) and files(at) == before
     assert time.monotonic() - begin_s < 30
+
+
+def test_the_counts_in_the_results_are_these() -> None:
+    inputs = len(EARLY) + len(LATE) + len(COMMANDS)
+    parts = rf"\({len(EARLY)} on the command line.*; {len(LATE)} that Megatron.*; {len(COMMANDS)} to the commands\)"
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert re.search(rf"tries {inputs} inputs in {inputs + len(EARLY)} attempts {parts}", text, re.DOTALL)
