@@ -40,4 +40,5 @@ class RankResult:
     actions: int = 0
     overruns: int = 0
     peak_activation_bytes: int = 0
+    slack: tuple[int, ...] = ()  # of the links, at the end
     peak_allocated_bytes: int | None = None  # by an accelerator's allocator

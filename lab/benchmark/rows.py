@@ -65,7 +65,8 @@ def _row(settings: Settings, one: Measured, flush: Measured | None) -> dict[str,
     tokens_per_second = _tokens_per_second(settings, one)
     # With real compute the stages' times are those under flush: what it takes to foretell another schedule.
     costs = settings.timed_costs(n) or measured_costs((flush or one).repeats)
-    predicted = settings.predicted_tokens_per_second(case, costs)
+    slack = one.repeats[-1][0].slack
+    predicted = settings.predicted_tokens_per_second(case, costs, slack)
     speedup = predicted_speedup = None
     if flush is not None:
         speedup = tokens_per_second / _tokens_per_second(settings, flush)
@@ -94,6 +95,7 @@ def _row(settings: Settings, one: Measured, flush: Measured | None) -> dict[str,
         "forward_ms": [1000 * fmean(rank.forward_s for rank in stage) for stage in stages],
         "backward_ms": [1000 * fmean(rank.backward_s for rank in stage) for stage in stages],
         "update_ms": [1000 * fmean(rank.update_s for rank in stage) for stage in stages],
+        "slack": slack,
         "settings": _described(settings, case),
     }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from paci_megatron.config import Extra
+from paci_megatron.schedule.records import record_lag
 from paci_megatron.schedule.schedules import parse_slack, speedup_limit
 from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.simulate.engine import Simulation
@@ -13,12 +15,13 @@ from paci_megatron.usage import UsageError, require
 
 FLUSH = "1f1b"
 BARE = "paci-bare"
-NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci-bare"
+AUTO = "paci:auto"
+NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci:auto, paci-bare"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A schedule that can be run: ``plan`` is what the simulator knows it as.
+    """A schedule that can be run: ``plan`` is what the simulator knows it as; of paci:auto until it has chosen.
 
     ``is_bare`` leaves out what PACI's stages tell each other: no clipping, no control records.
     """
@@ -41,6 +44,8 @@ class Arm:
         """What the command line of its training has more than that of 1F1B-flush."""
         if self.plan.chunks > 1:
             return ["--num-virtual-stages-per-pipeline-rank", str(self.plan.chunks)]
+        if self.name == AUTO:
+            return ["--pipeline-schedule", "paci", "--paci-extra-in-flight", "auto"]
         flags = ["--pipeline-schedule", "paci"] if self.is_paci else []
         return flags + (["--paci-extra-in-flight", self.plan.extra_in_flight] if self.plan.extra_in_flight != "0" else [])
 
@@ -48,6 +53,8 @@ class Arm:
 def find_arm(name: str) -> Arm:
     """The arm of that name, such as ``paci:1``; ``UsageError`` if there is none."""
     base = name.partition(":")[0]
+    if name == AUTO:
+        return Arm(name, find_schedule("paci"))
     if name == BARE:
         return Arm(name, find_schedule("paci"), is_bare=True)
     if base not in ("1f1b", "interleaved", "paci"):
@@ -77,13 +84,21 @@ class Case:
     @property
     def drain_iterations(self) -> int:
         """Iterations at the end in which stages may already be running out of work."""
-        extra = sum(parse_slack(self.arm.plan.extra_in_flight, self.num_stages))
+        n, is_auto = self.num_stages, self.arm.name == AUTO
+        extra = n if is_auto else sum(parse_slack(self.arm.plan.extra_in_flight, n))  # twice N by default
         return -(-(self.num_stages + extra) // self.microbatches_per_update) + 1
 
     @property
     def least_warmup(self) -> int:
         """Iterations that fill the pipeline and let it settle, and at least three for one-off costs."""
-        return max(3, 2 * self.drain_iterations)
+        lag = record_lag(self.num_stages, self.microbatches_per_update)
+        chooses = Extra.measured_updates(lag) if self.arm.name == AUTO else 0
+        return chooses + max(3, 2 * self.drain_iterations)
+
+    def as_chosen(self, slack: tuple[int, ...]) -> Case:
+        """The case for the simulator: with this slack, if it is paci:auto and has chosen."""
+        chose = self.arm.name == AUTO and slack
+        return replace(self, arm=find_arm(f"paci:{','.join(map(str, slack))}")) if chose else self
 
 
 @dataclass(frozen=True)
@@ -185,14 +200,15 @@ class Settings:
         stages = [StageCosts(forward / 1000, backward / 1000) for forward, backward in self.stage_ms]
         return Costs(tuple(stages * num_stages if len(stages) == 1 else stages), jitter=self.jitter, seed=self.seed)
 
-    def simulate(self, case: Case, costs: Costs) -> Simulation:
-        """The run of ``case`` as the simulator foretells it, from start to end."""
-        return case.arm.plan.simulate(case.microbatches_per_update, self.train_iters(case), costs)
+    def simulate(self, case: Case, costs: Costs, slack: tuple[int, ...] = ()) -> Simulation:
+        """The run of ``case`` as the simulator foretells it, from start to end; ``slack`` is what paci:auto has chosen."""
+        plan = case.as_chosen(slack).arm.plan
+        return plan.simulate(case.microbatches_per_update, self.train_iters(case), costs)
 
-    def predicted_tokens_per_second(self, case: Case, costs: Costs) -> float:
+    def predicted_tokens_per_second(self, case: Case, costs: Costs, slack: tuple[int, ...] = ()) -> float:
         """The simulator's throughput over the same iterations as are measured."""
         warmup = self.warmup_of(case)
-        microbatches_per_s = self.simulate(case, costs).microbatches_per_s(warmup, warmup + self.iterations)
+        microbatches_per_s = self.simulate(case, costs, slack).microbatches_per_s(warmup, warmup + self.iterations)
         return microbatches_per_s * self.model.micro_batch_size * self.model.seq_length
 
     def training_arguments(self, case: Case, metrics_file: str, train_iters: int | None = None) -> list[str]:

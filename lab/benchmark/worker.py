@@ -24,6 +24,7 @@ from .padding import Padding
 def run_rank(rank: int, job: Job) -> RankResult:
     """Train as this rank of the process group that the environment describes."""
     import pretrain_gpt_paci
+    from paci_megatron.plugin import run as runs
 
     result = RankResult(rank)
     with contextlib.ExitStack() as stack:
@@ -36,6 +37,9 @@ def run_rank(rank: int, job: Job) -> RankResult:
             _record_iterations(job, result, _Steps(padding))
         sys.argv = ["pretrain_gpt_paci.py", *job.argv]
         pretrain_gpt_paci.main()
+        run = runs.current()
+        if run is not None and run.runs_plans:
+            result.slack = run.slack
     return result
 
 

@@ -68,6 +68,11 @@ class Run:
         self._plan_begin = 0  # the iteration after which the latest plan began
 
     @property
+    def slack(self) -> tuple[int, ...]:
+        """Of the links in the plan that begins after this iteration; there is none under Megatron's own schedule."""
+        return self._slack.after(self.iteration)
+
+    @property
     def runs_plans(self) -> bool:
         """Whether plans are run here, rather than Megatron's own schedule."""
         return bool(self.stages)
@@ -206,6 +211,8 @@ class Run:
     def _settle_slack(self, ended: Plan) -> None:
         """At a drain, that of the plans to come. Collective where it is to be chosen."""
         found: dict[str, Any] = {}
+        if self.iteration >= self.args.train_iters:
+            return
         if self._slack.is_due(self.iteration, ended):
             found = self._slack.choose(self.iteration, ended, self.meters, self._transport)
         elif not self._slack.begins_after(self.iteration):

@@ -120,10 +120,12 @@ class Meeting:
 
 
 def _all_reduce_s(latencies_s: Sequence[float]) -> float:
-    """gloo's, of a few numbers: 2(N-1) messages one after the other round a ring that the longest way closes."""
+    """gloo's, of a few numbers: 2(N-1) messages one after the other round a ring that the longest way closes. All begin at
+    once, so the first waits until its sender knows of the receive.
+    """
     ring = [*latencies_s, sum(latencies_s)]
     steps = 2 * len(latencies_s)
-    return max(sum(ring[(start + step) % len(ring)] for step in range(steps)) for start in range(len(ring)))
+    return max(ring) + max(sum(ring[(start + step) % len(ring)] for step in range(steps)) for start in range(len(ring)))
 
 
 MESSAGES = (Kind.RECV_FORWARD, Kind.SEND_FORWARD, Kind.RECV_BACKWARD, Kind.SEND_BACKWARD)
