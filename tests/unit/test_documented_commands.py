@@ -39,6 +39,9 @@ ELSEWHERE = {
     "paci-megatron doctor": (
         "tests/functional/test_doctor.py::test_this_machine_trains_as_it_must_and_nothing_is_left_behind"
     ),
+    "tools/benchmark_nodes.py": (
+        "tests/functional/test_nodes.py::test_auto_measures_the_delay_between_two_nodes_and_hides_it"
+    ),
     "paci-megatron check": "tests/functional/test_check.py::test_each_command_has_its_answer",
     "tools/evaluate_perplexity.py --load runs/gpt --input data": (
         "tests/multiproc/test_evaluation.py::test_command_writes_the_figures_and_prints_a_table"
