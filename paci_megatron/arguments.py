@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .config import CLIP_MODES, LINKS, SCHEDULES, WEIGHT_POLICIES
+from .config import CLIP_MODES, LINKS, SCHEDULES, TRANSFER_DTYPES, WEIGHT_POLICIES
 
 
 def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -93,6 +93,13 @@ def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="BLOCKS",
         help="At most so many thread blocks of the GPU for each pending NCCL transfer between stages. More are faster and "
         "leave less of the GPU. Default: max_ctas of pp in --nccl-communicator-config-path, or 4.",
+    )
+    group.add_argument(
+        "--paci-transfer-dtype",
+        choices=TRANSFER_DTYPES,
+        default="model",
+        help="What activations and gradients travel in between stages. bf16: rounded to it, in half the bytes of an fp32 "
+        "model's, for slow links. model: as they are computed.",
     )
     group.add_argument(
         "--paci-metrics-file",

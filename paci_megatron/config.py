@@ -17,6 +17,7 @@ SCHEDULES = ("1f1b", "paci")
 CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 LINKS = ("p2p", "host")
+TRANSFER_DTYPES = ("model", "bf16")
 AUTO = "auto"
 """A value of ``--paci-extra-in-flight``."""
 

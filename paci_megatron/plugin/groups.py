@@ -18,7 +18,7 @@ from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.groups import MakeGroup, ProcessTransport, Wanted, create_groups
 
 from .drains import can_exit
-from .stage import Stage
+from .stage import Stage, transfer_dtype
 
 DEFAULT_CTAS = 4
 
@@ -117,7 +117,7 @@ def process_transport(args: argparse.Namespace, stage: Stage, record_lag: int) -
     return ProcessTransport(
         dist.get_process_group_ranks(stage.groups.pp),
         shape,
-        config.pipeline_dtype,
+        transfer_dtype(args, config),
         next(stage.model.parameters()).device,
         record_lag,
         over_nccl=_over_nccl(args),

@@ -13,7 +13,7 @@ from megatron.core.optimizer.qk_clip import clip_qk
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.compute import StageCompute
 from paci_megatron.runtime.control import Clipping, Control, Record
-from paci_megatron.runtime.executor import Executor
+from paci_megatron.runtime.executor import Cast, Executor
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import BoundError
 from paci_megatron.runtime.tied_embeddings import TiedEmbedding
@@ -24,7 +24,7 @@ from paci_megatron.schedule.plan import Plan
 
 from .diagnosis import plan_text, where
 from .drains import exit_wanted
-from .stage import Stage
+from .stage import Stage, transfer_dtype
 
 
 class RunningPlan:
@@ -63,10 +63,6 @@ class RunningPlan:
         link = transport.link(stage.stage_index, plan)
         clipping = Clipping(config.clip_mode, args.clip_grad)
         self._control = Control(link, clipping, lag, stage.last_total, stage.loss_scale, transport.agree, on_total)
-        tied: TiedEmbedding | None = None
-        weight, exchange = stage.tied_weight(), transport.tied_exchange(stage.stage_index, lag)
-        if weight is not None and exchange is not None:
-            tied = TiedEmbedding(weight, exchange, stage.is_first, lag)
         update = StageUpdate(
             stage.model,
             stage.optimizer,
@@ -79,7 +75,7 @@ class RunningPlan:
             take_num_tokens=self._take_num_tokens if stage.model_config.calculate_per_token_loss else None,
             own_figures=self._own_figures,
             readings=stage.readings,
-            tied=tied,
+            tied=_tied(stage, transport, lag),
             after_step=self._after_step,
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
@@ -89,7 +85,10 @@ class RunningPlan:
         if stage.trace is not None:
             stage.trace.begin_plan(a, begin)
         actions = plan.actions(stage.stage_index)
-        self.executor = Executor(actions, self.compute, link, update, weights, stage.meter, stage.trace, self._weight_drift)
+        cast = Cast(transfer_dtype(args, stage.model_config), stage.model_config.pipeline_dtype)
+        self.executor = Executor(
+            actions, self.compute, link, update, weights, stage.meter, stage.trace, self._weight_drift, cast
+        )
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -159,6 +158,14 @@ class RunningPlan:
         num_tokens = self.compute.take_num_tokens()
         torch.distributed.all_reduce(num_tokens, group=self.stage.groups.dp_cp)
         return num_tokens
+
+
+def _tied(stage: Stage, transport: Transport, lag: int) -> TiedEmbedding | None:
+    """The stage's part in the tied embedding, if it has one."""
+    weight, exchange = stage.tied_weight(), transport.tied_exchange(stage.stage_index, lag)
+    if weight is None or exchange is None:
+        return None
+    return TiedEmbedding(weight, exchange, stage.is_first, lag)
 
 
 def _weight_drift(plan: Plan, stage: Stage, config: PaciConfig) -> WeightDrift | None:

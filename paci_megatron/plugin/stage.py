@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 from collections.abc import Callable
@@ -20,6 +21,12 @@ from paci_megatron.runtime.steps import OptimizerSteps
 from paci_megatron.telemetry.trace import StageTrace
 
 _FINGERPRINT_PART = 1 << 20
+
+
+def transfer_dtype(args: argparse.Namespace, model_config: Any) -> torch.dtype:
+    """What activations and their gradients are sent in from stage to stage."""
+    dtype: torch.dtype = torch.bfloat16 if args.paci_transfer_dtype == "bf16" else model_config.pipeline_dtype
+    return dtype
 
 
 class _Alone:

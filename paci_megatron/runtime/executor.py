@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -72,6 +72,23 @@ class Listener(Protocol):
         """The action is done."""
 
 
+class Cast(NamedTuple):
+    """What tensors are sent in, and what stages compute in."""
+
+    sent: torch.dtype
+    computed: torch.dtype
+
+    def to_send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An output, or a gradient, as it is sent."""
+        return tensor.detach().to(self.sent) if self.sent != self.computed else tensor
+
+    def received(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """What was received, as a leaf to compute with; None where there is nothing."""
+        if tensor is None or self.sent == self.computed:
+            return tensor
+        return tensor.detach().to(self.computed).requires_grad_()
+
+
 class _Nobody:
     """Listens to nothing."""
 
@@ -98,8 +115,10 @@ class Executor:
         meter: StageMeter,
         listener: Listener | None = None,
         weight_drift: WeightDrift | None = None,
+        cast: Cast = Cast(torch.float32, torch.float32),  # noqa: B008 - immutable; no cast
     ) -> None:
         """``weight_drift``, if given, follows the weights that micro-batches meet."""
+        self._cast = cast
         self.state = PipelineState()
         self._plan = plan
         self._compute = compute
@@ -184,7 +203,7 @@ class Executor:
         self._update.finish()
 
     def _forward(self, microbatch: int) -> None:
-        input_tensor = self._link.receive_forward(microbatch)
+        input_tensor = self._cast.received(self._link.receive_forward(microbatch))
         self._listener.received()
         version = self._weights.for_forward(microbatch)
         with self._meter.computing(Kind.FORWARD), self._weights.in_place(version):
@@ -197,12 +216,12 @@ class Executor:
 
     def _send_forward(self, microbatch: int) -> None:
         assert self._to_send is not None
-        self._link.send_forward(microbatch, self._to_send)
+        self._link.send_forward(microbatch, self._cast.to_send(self._to_send))
         self._compute.release_output(self._to_send)
         self._to_send = None
 
     def _backward(self, microbatch: int) -> None:
-        output_gradient = self._link.receive_backward(microbatch)
+        output_gradient = self._cast.received(self._link.receive_backward(microbatch))
         self._listener.received()
         entry = self.state.pop(microbatch)
         version = self._weights.for_backward(entry)
@@ -214,7 +233,7 @@ class Executor:
 
     def _send_backward(self, microbatch: int) -> None:
         assert self._to_send is not None
-        self._link.send_backward(microbatch, self._to_send)
+        self._link.send_backward(microbatch, self._cast.to_send(self._to_send))
         self._to_send = None
 
     def _report(self, update: int) -> None:

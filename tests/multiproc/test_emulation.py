@@ -62,6 +62,16 @@ def test_more_in_flight_is_the_reference_on_processes_and_emulated(
     assert run.losses != without_extra.losses
 
 
+def test_transfers_in_bf16_are_rounded_alike_on_processes_and_emulated(
+    pool: GetPool, corpus: str, one_process: OneProcess
+) -> None:
+    rounded = [*PACI, "--paci-transfer-dtype", "bf16"]
+    processes = pool(2).run("train", argv=[*arguments(corpus, 2, 2), *rounded])
+    assert_same_run(processes, one_process([*emulation(corpus, 2, 2), *rounded]))
+    whole = one_process([*emulation(corpus, 2, 2), *PACI])
+    assert processes[-1].losses != whole.losses == pytest.approx(processes[-1].losses, rel=1e-2)
+
+
 @pytest.mark.parametrize(("policy", "stages", "a"), [("stash", 4, 1), ("stash", 4, 3), ("double-buffer", 4, 3)])
 def test_other_weight_policies_are_the_reference(
     corpus: str, one_process: OneProcess, tmp_path: Path, policy: str, stages: int, a: int
