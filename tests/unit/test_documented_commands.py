@@ -35,7 +35,13 @@ SCRIPTS = {
 ELSEWHERE = {
     "make demo": "tests/unit/test_demo.py::test_whole_demo_with_few_iterations",
     "make test": ".ci/run::make",
-    "pip install '.[data,eval,plot]'": "tests/unit/test_packaging.py::test_wheel_installs_into_an_empty_environment",
+    "make docs": "tests/unit/test_docs.py::site",
+    "pip install": "tests/unit/test_packaging.py::test_every_extra_that_a_message_names_exists",
+    "torchrun --nproc-per-node 4 examples/plain_torch.py": (
+        "tests/functional/test_commands.py::test_plain_modules_are_trained_without_megatrons_loop"
+    ),
+    "tools/gpu_check.py": "tests/unit/test_gpu_check.py::test_all_checks_in_small_on_a_cpu",
+    "tools/plan_schedule.py --study": "tests/unit/test_plan_schedule.py::test_study_prints_a_row_a_setting",
     "paci-megatron doctor": (
         "tests/functional/test_doctor.py::test_this_machine_trains_as_it_must_and_nothing_is_left_behind"
     ),
@@ -81,7 +87,7 @@ def is_form(command: str) -> bool:
 
 
 def all_commands() -> list[tuple[str, str]]:
-    """Page and command, without its comment and "python", with one space between words."""
+    """Page and command, in a block or in the text, without its comment and "python", with one space between words."""
     found = []
     for page in PAGES:
         for block in blocks(page):
@@ -90,14 +96,16 @@ def all_commands() -> list[tuple[str, str]]:
             for line in filter(None, block):
                 assert program(line) in {*PROGRAMS, "tools"}, f"{page}: {line}: is it a command? See PROGRAMS and SHOWN"
                 if "GPU" not in line.partition(" # ")[2]:
-                    found.append((page, " ".join(line.split(" # ")[0].split()).removeprefix("python ")))
-    return found
+                    found.append((page, line.split(" # ")[0]))
+        text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+        found += [(page, line) for line in re.findall(r"`((?:make|pip|python|torchrun|tools/[^\s`]+) [^`]+)`", text)]
+    return [(page, " ".join(line.split()).removeprefix("python ")) for page, line in found]
 
 
 COMMANDS = all_commands()
 FORMS = [command for _, command in COMMANDS if is_form(command) and "torchrun" in command]
 RUN = [
-    command
+    pytest.param(command, marks=[pytest.mark.slow] if "--jitter" in command else [])  # seconds, of many simulations
     for _, command in COMMANDS
     if command not in FORMS and command.startswith(tuple(HERE)) and not command.startswith(tuple(ELSEWHERE))
 ]
@@ -127,7 +135,6 @@ def test_every_name_is_of_a_command_that_stands_there() -> None:
 
 @pytest.mark.parametrize("command", FORMS)
 def test_no_form_has_an_option_that_is_refused(command: str) -> None:
-    assert "--pipeline-schedule paci" in command or command.startswith("torchrun --nproc-per-node 8 pretrain_gpt.py")
     words = re.sub(r"<[^>]+>|\.\.\.", " ", command).split()
     stages = (
         []
