@@ -143,6 +143,7 @@ def _shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_readmes_commands_for_ones_own_data(tmp_path: Path) -> None:
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     done = _shell(tmp_path, _blocks("README.md", "### Your own data, end to end")[0])
@@ -152,6 +153,7 @@ def test_the_readmes_commands_for_ones_own_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_guides_kill_and_resume(tmp_path: Path) -> None:
     start, kill, resume, *_ = _blocks("docs/user-guide.md", "To see it, in two shells")
     waits = "for i in $(seq 600); do grep -q ' iteration *7[0-9]/' log && break; sleep 0.1; done"

@@ -13,6 +13,7 @@ from lab.processes import CPU_ENVIRONMENT, ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_this_machine_trains_as_it_must_and_nothing_is_left_behind(tmp_path: Path) -> None:
     folder, temporary = tmp_path / "empty", tmp_path / "temporary"
     folder.mkdir()
