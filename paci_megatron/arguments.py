@@ -10,13 +10,34 @@ from .config import CLIP_MODES, LINKS, SCHEDULES, TRANSFER_DTYPES, WEIGHT_POLICI
 def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group to Megatron's parser; returns the parser."""
     group = parser.add_argument_group(title="paci")
+    _add_schedule_arguments(group)
+    _add_paci_arguments(group)
+    _add_running_arguments(group)
+    _add_safety_arguments(group)
+    return parser
+
+
+def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pipeline-schedule",
         choices=SCHEDULES,
         default="1f1b",
         help="1f1b is Megatron's own schedule, which flushes the pipeline before every update. paci never flushes: each "
-        "stage updates its weights after every a backwards, where a is the number of micro-batches per update.",
+        "stage updates its weights after every a backwards, where a is the number of micro-batches per update. paci-v is "
+        "paci on twice as many stages of half the size, of which each process has two, folded into a V: less memory for "
+        "activations, twice the transfers, up to twice the drift.",
     )
+    group.add_argument(
+        "--paci-v-order",
+        default="1:2:0",
+        metavar="FORWARD:BACKWARD:WAIT",
+        help="What the fixed order of paci-v is made for: forwards and backwards whose times have this ratio, and a tensor "
+        "that needs so much time from one process to the next. 1:2:0 holds least; 1:2:1 leaves transfers and uneven times a "
+        "sixth of a micro-batch's time, and holds what 1F1B-flush does. paci-megatron plan compares them.",
+    )
+
+
+def _add_paci_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--paci-clip-mode",
         choices=CLIP_MODES,
@@ -64,9 +85,6 @@ def add_paci_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_true",
         help="Refuse the command line where something in it would be switched off under paci.",
     )
-    _add_running_arguments(group)
-    _add_safety_arguments(group)
-    return parser
 
 
 def _add_running_arguments(group: argparse._ArgumentGroup) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .schedule.schedules import parse_slack
+from .schedule.vee import Fold, fold
 from .telemetry.run_events import slack_choices
 from .usage import UsageError
 
-SCHEDULES = ("1f1b", "paci")
+SCHEDULES = ("1f1b", "paci", "paci-v")
 CLIP_MODES = ("global", "stage", "none")
 WEIGHT_POLICIES = ("latest", "stash", "double-buffer")
 LINKS = ("p2p", "host")
@@ -50,18 +49,46 @@ class PaciConfig:
 
     num_stages: int
     schedule: str = "paci"
-    emulates: bool = False  # all stages in one process
+    stages_per_process: int = 1  # 2 in a V, all where they are emulated
     clip_mode: str = "none"
     drain_interval: int | None = None
     slack: tuple[int, ...] = ()  # by link, see schedule/schedules.py; of the first plan
     extra: Extra = Extra()
     weight_policy: str = "latest"
+    folded: Fold | None = None  # the order of paci-v
+
+    @property
+    def emulates(self) -> bool:
+        """Whether all stages are in one process."""
+        return self.stages_per_process == self.num_stages
+
+    @property
+    def num_processes(self) -> int:
+        """Of the pipeline, emulated or not."""
+        return self.num_stages if self.folded is None else self.num_stages // 2
+
+    def held_stages(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages of the process of that rank in the pipeline, in order.
+
+        A V has its ends, and with them the loss, on the last rank, which is where Megatron logs.
+        """
+        if self.emulates:
+            return tuple(range(self.num_stages))
+        if self.folded is None:
+            return (pipeline_rank,)
+        process = self.num_processes - 1 - pipeline_rank
+        return process, self.num_stages - 1 - process
+
+    def stage_ranks(self, pipeline: Sequence[int]) -> list[int]:
+        """The rank of each stage's process, first stage to last; ``pipeline`` are the ranks of this pipeline."""
+        held = {stage: rank for at, rank in enumerate(pipeline) for stage in self.held_stages(at)}
+        return [held[stage] for stage in range(self.num_stages)]
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PaciConfig:
         """The configuration of a validated command line; ``ConfigError`` if PACI cannot run it.
 
-        When stages are emulated, ``args.pipeline_model_parallel_size`` is their number.
+        ``args.pipeline_model_parallel_size`` is the number of stages, however many a process has of them.
         """
         check_num_stages(args)
         num_stages = args.pipeline_model_parallel_size
@@ -84,99 +111,47 @@ class PaciConfig:
         return cls(
             num_stages,
             schedule=args.pipeline_schedule,
-            emulates=args.paci_emulate_stages is not None,
+            stages_per_process=stages_per_process(args),
             clip_mode=args.paci_clip_mode if args.clip_grad else "none",
             drain_interval=args.paci_drain_interval,
             slack=extra.choices[0][1],
             extra=extra,
             weight_policy=args.paci_weight_policy,
+            folded=fold_of(args),
         )
 
 
-NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
-    ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
-    ("--paci-memory-budget", "paci_memory_budget", lambda n: n is None or n >= 1, "a number of micro-batches"),
-    ("--paci-transfer-ctas", "paci_transfer_ctas", lambda n: n is None or 1 <= n <= 64, "1 to 64 thread blocks"),
-    ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
-    (
-        "--paci-transfer-timeout",
-        "paci_transfer_timeout",
-        lambda s: s is None or 0 < s < math.inf,
-        "a number of seconds, more than 0",
-    ),
-)
-"""Flag, argument, which values make sense (of NaN no comparison is true), and in words."""
+def stages_per_process(args: argparse.Namespace) -> int:
+    """How many stages each process has: one as a rule, all emulated ones, two of a V."""
+    return args.paci_emulate_stages or (2 if args.pipeline_schedule == "paci-v" else 1)
 
 
-def together(*checks: Callable[[], list[str] | None]) -> list[str]:
-    """Run all checks; the lines that they return. One ``ConfigError`` with the messages of all that raise one."""
-    lines, errors = [], []
-    for check in checks:
-        try:
-            lines += check() or []
-        except ConfigError as error:
-            errors += str(error).split("\n")
-    if len(errors) > 1:
-        raise ConfigError("\n  ".join([f"{len(errors)} reasons:", *errors]))
-    if errors:
-        raise ConfigError(errors[0])
-    return lines
+def count_stages(args: argparse.Namespace) -> None:
+    """Make ``args.pipeline_model_parallel_size`` the number of stages where processes have two: to be called once, first."""
+    if args.paci_emulate_stages is None:
+        args.pipeline_model_parallel_size *= stages_per_process(args)
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """``ConfigError`` if options of PACI have numbers that make no sense, or are some that the schedule would not use; a
-    line for each.
-    """
-    schedule, errors = args.pipeline_schedule, []
-    for flag, name, makes_sense, meaning in NUMBERS:
-        value = getattr(args, name)
-        if not makes_sense(value):
-            errors.append(f"{flag} {value}: must be {meaning}.")
-    # Megatron itself clips only above 0.
-    if schedule == "paci" and not 0 <= args.clip_grad < math.inf:
-        errors.append(f"--clip-grad {args.clip_grad}: must be a norm of gradients, or 0, which clips nothing.")
-    if args.paci_weight_policy != "latest" and schedule != "paci":
-        errors.append(
-            f"--paci-weight-policy {args.paci_weight_policy} with --pipeline-schedule {schedule}: a flushed pipeline has "
-            "one weight version. Add --pipeline-schedule paci, or remove the flag."
-        )
-    if args.paci_link != "p2p" and args.paci_emulate_stages is not None:
-        errors.append(
-            f"--paci-link {args.paci_link} with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages share a "
-            "process and hand tensors over. Remove one of the two."
-        )
-    for check in (_check_slack, _check_trace):
-        try:
-            check(args)
-        except ConfigError as error:
-            errors.append(str(error))
-    if errors:
-        raise ConfigError("\n".join(errors))
-
-
-def _check_slack(args: argparse.Namespace) -> None:
-    extra, budget = extra_of(args), args.paci_memory_budget or 0
-    if budget > 0 and not extra.is_auto:
-        raise ConfigError(
-            f"--paci-memory-budget {budget} with --paci-extra-in-flight {args.paci_extra_in_flight}: it bounds what auto "
-            "chooses. Remove it, or give --paci-extra-in-flight auto."
-        )
-    if extra.is_auto and args.paci_emulate_stages is not None:
-        raise ConfigError(
-            f"--paci-extra-in-flight auto with --paci-emulate-stages {args.paci_emulate_stages}: emulated stages take turns "
-            "and wait for nobody, so there is nothing to measure. Give a number, or the metrics file of a run with auto."
-        )
-    if str(args.paci_extra_in_flight).strip("0,") and args.pipeline_schedule != "paci":
-        raise ConfigError(
-            f"--paci-extra-in-flight {args.paci_extra_in_flight} with --pipeline-schedule {args.pipeline_schedule}: a flush "
-            "leaves nothing in flight. Add --pipeline-schedule paci, or remove the flag."
-        )
+def fold_of(args: argparse.Namespace) -> Fold | None:
+    """The order of ``paci-v``; None under another schedule. ``ConfigError`` if ``--paci-v-order`` is none."""
+    if args.pipeline_schedule != "paci-v":
+        return None
+    try:
+        forward, backward, wait = map(int, args.paci_v_order.split(":"))
+        return fold(max((args.paci_emulate_stages or args.pipeline_model_parallel_size) // 2, 1), forward, backward, wait)
+    except ValueError as error:
+        reason = str(error) if str(error).startswith("no V") else "expected FORWARD:BACKWARD:WAIT, like 1:2:0"
+        raise ConfigError(f"--paci-v-order {args.paci_v_order}: {reason}.") from None
 
 
 def check_num_stages(args: argparse.Namespace) -> None:
-    """``ConfigError`` for a pipeline of one stage."""
+    """``ConfigError`` for a pipeline of one process."""
     num_stages = args.pipeline_model_parallel_size
+    if args.pipeline_schedule == "paci-v" and num_stages < 4:
+        raise ConfigError(
+            "--pipeline-schedule paci-v on one process, with two stages: it has no other to share a V with. Give "
+            "--pipeline-model-parallel-size 2 or more, or emulate the stages in one process with --paci-emulate-stages 4."
+        )
     if num_stages < 2:
         raise ConfigError(
             f"--pipeline-schedule paci with --pipeline-model-parallel-size {num_stages}: a pipeline of one stage has "
@@ -192,7 +167,7 @@ def check_in_flight(args: argparse.Namespace) -> None:
     iters, sizes = getattr(args, "train_iters", None), (args.global_batch_size, args.micro_batch_size)
     if not iters or None in sizes:
         return
-    if args.pipeline_schedule == "paci" and args.paci_start_iteration >= iters:
+    if args.pipeline_schedule != "1f1b" and args.paci_start_iteration >= iters:
         raise ConfigError(
             f"--paci-start-iteration {args.paci_start_iteration} with --train-iters {iters}: the training ends before PACI "
             f"begins. Give less than {iters}, or remove --pipeline-schedule paci."
@@ -208,7 +183,9 @@ def check_in_flight(args: argparse.Namespace) -> None:
 
 
 def extra_of(args: argparse.Namespace) -> Extra:
-    """What ``--paci-extra-in-flight`` says; ``ConfigError`` if it says nothing that makes sense."""
+    """What ``--paci-extra-in-flight``, or the order of a V, says; ``ConfigError`` if it says nothing that makes sense."""
+    if (folded := fold_of(args)) is not None:
+        return Extra(((0, folded.slack),))
     text, num_stages = str(args.paci_extra_in_flight), args.paci_emulate_stages or args.pipeline_model_parallel_size
     none = (0, (0,) * (num_stages - 1))
     if text == AUTO:
@@ -227,76 +204,6 @@ def extra_of(args: argparse.Namespace) -> Extra:
     except ValueError as error:
         raise ConfigError(f"--paci-extra-in-flight {error}; or auto, or the metrics file of a run with auto.") from None
     return Extra(((0, slack),), sum(slack))
-
-
-def _check_trace(args: argparse.Namespace) -> None:
-    """``ConfigError`` if a trace is asked for and a stage has several model chunks, which it does not tell apart."""
-    if args.paci_trace_dir is None:
-        return
-    for attribute in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
-        value = getattr(args, attribute, None)
-        if value is not None:
-            raise ConfigError(
-                f"--paci-trace-dir {args.paci_trace_dir} with --{attribute.replace('_', '-')} {value}: a trace knows one "
-                "model chunk a stage. Remove one of the two."
-            )
-    num_stages, text = args.paci_emulate_stages or args.pipeline_model_parallel_size, args.pipeline_model_parallel_layout
-    if text is not None:
-        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-        chunks = PipelineParallelLayerLayout.get_num_stages_from_str(text)
-        if chunks > num_stages:
-            raise ConfigError(
-                f"--paci-trace-dir {args.paci_trace_dir} with --pipeline-model-parallel-layout {text}: {chunks} model "
-                f"chunks on {num_stages} stages, and a trace knows one a stage. Remove one of the two."
-            )
-
-
-def check_host_link_on_gpu(args: argparse.Namespace) -> None:
-    """``ConfigError`` if ``--paci-link host`` on a GPU meets what needs collectives that gloo has for CPU tensors only."""
-    for flag, name, allowed in (
-        ("--tensor-model-parallel-size", "tensor_model_parallel_size", 1),
-        ("--context-parallel-size", "context_parallel_size", 1),
-        ("--expert-model-parallel-size", "expert_model_parallel_size", 1),
-        ("--use-distributed-optimizer", "use_distributed_optimizer", False),
-        ("--overlap-grad-reduce", "overlap_grad_reduce", False),
-    ):
-        value = getattr(args, name)
-        if value != allowed:
-            shown = flag if value is True else f"{flag} {value}"
-            raise ConfigError(
-                f"--paci-link host with {shown} on a GPU: it needs collectives that gloo has for tensors on a CPU only. "
-                f"Remove {flag}, or give each rank a GPU and use --paci-link p2p."
-            )
-
-
-def check_emulation(args: argparse.Namespace) -> None:
-    """``ConfigError`` unless ``--paci-emulate-stages`` fits the rest of the command line."""
-    num_stages, pipeline, layers = args.paci_emulate_stages, args.pipeline_model_parallel_size, args.num_layers
-    if num_stages is None:
-        return
-    if num_stages < 2:
-        raise ConfigError(f"--paci-emulate-stages {num_stages}: a pipeline has at least 2 stages.")
-    if pipeline != 1:
-        raise ConfigError(
-            f"--paci-emulate-stages {num_stages} with --pipeline-model-parallel-size {pipeline}: emulated stages live in "
-            "one process, so the pipeline size must be 1. Remove one of the two."
-        )
-    if args.fp8 and args.fp8_recipe == "delayed":
-        raise ConfigError(
-            f"--paci-emulate-stages {num_stages} with --fp8-recipe delayed: Transformer Engine keeps one history of scales "
-            "in a process, which all stages would advance. Use --fp8-recipe tensorwise, blockwise or mxfp8."
-        )
-    if (args.save or args.load) and args.ckpt_format != "torch_dist":
-        raise ConfigError(
-            f"--paci-emulate-stages with --ckpt-format {args.ckpt_format}: only a torch_dist checkpoint holds all stages in "
-            "one. Use --ckpt-format torch_dist."
-        )
-    if layers is not None and layers < num_stages:
-        raise ConfigError(
-            f"--paci-emulate-stages {num_stages} with --num-layers {layers}: each stage needs a layer. Emulate at most "
-            f"{layers} stages."
-        )
 
 
 def _check_layout(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from paci_megatron.config import Extra
 from paci_megatron.schedule.records import record_lag
 from paci_megatron.schedule.schedules import parse_slack, speedup_limit
+from paci_megatron.schedule.vee import fold
 from paci_megatron.simulate.costs import Costs, StageCosts
 from paci_megatron.simulate.engine import Simulation
 from paci_megatron.simulate.peers import Schedule, find_schedule
@@ -16,7 +17,7 @@ from paci_megatron.usage import UsageError, require
 FLUSH = "1f1b"
 BARE = "paci-bare"
 AUTO = "paci:auto"
-NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci:auto, paci-bare"
+NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci:auto, paci-bare, paci-v, paci-v:FORWARD:BACKWARD:WAIT"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,23 @@ class Arm:
         n, a = num_stages, microbatches_per_update
         return speedup_limit(n, a) if self.is_paci else (a + n - 1) / (a + (n - 1) / self.plan.chunks)
 
+    @property
+    def order(self) -> str:
+        """Of a V, as ``--paci-v-order`` has it."""
+        return self.name.partition(":")[2] or "1:2:0"
+
+    def in_flight(self, num_stages: int) -> int:
+        """The most micro-batches of the first stage."""
+        if self.plan.folded:
+            return fold(num_stages, *map(int, self.order.split(":"))).in_flight(0)
+        if self.name == AUTO:
+            return 2 * num_stages  # by default
+        return num_stages + sum(parse_slack(self.plan.extra_in_flight, num_stages))
+
     def flags(self) -> list[str]:
         """What the command line of its training has more than that of 1F1B-flush."""
+        if self.plan.folded:
+            return ["--pipeline-schedule", "paci-v", "--paci-v-order", self.order]
         if self.plan.chunks > 1:
             return ["--num-virtual-stages-per-pipeline-rank", str(self.plan.chunks)]
         if self.name == AUTO:
@@ -57,7 +73,7 @@ def find_arm(name: str) -> Arm:
         return Arm(name, find_schedule("paci"))
     if name == BARE:
         return Arm(name, find_schedule("paci"), is_bare=True)
-    if base not in ("1f1b", "interleaved", "paci"):
+    if base not in ("1f1b", "interleaved", "paci", "paci-v"):
         raise UsageError(f"--schedules {name}: no schedule that can be run here; choose from {NAMES}")
     try:
         return Arm(name, find_schedule(name))
@@ -84,9 +100,7 @@ class Case:
     @property
     def drain_iterations(self) -> int:
         """Iterations at the end in which stages may already be running out of work."""
-        n, is_auto = self.num_stages, self.arm.name == AUTO
-        extra = n if is_auto else sum(parse_slack(self.arm.plan.extra_in_flight, n))  # twice N by default
-        return -(-(self.num_stages + extra) // self.microbatches_per_update) + 1
+        return -(-self.arm.in_flight(self.num_stages) // self.microbatches_per_update) + 1
 
     @property
     def least_warmup(self) -> int:

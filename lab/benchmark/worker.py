@@ -92,12 +92,12 @@ def _record_iterations(job: Job, result: RankResult, steps: _Steps) -> None:
     microbatches = job.iterations * job.microbatches_per_update
 
     def take(monitor: RunMonitor) -> None:
-        figures = monitor.meters[0].take_figures()
-        busy_s = (1 - figures.bubble_fraction) * figures.wall_s
+        stages = [meter.take_figures() for meter in monitor.meters]  # two in a process of a V
+        busy_s, wall_s = sum((1 - each.bubble_fraction) * each.wall_s for each in stages), stages[0].wall_s
         forward_s, backward_s = steps.forward_watch.take_s(), steps.backward_watch.take_s()
         result.forward_s, result.backward_s = forward_s / microbatches, backward_s / microbatches
         result.update_s = max(busy_s - forward_s - backward_s, 0.0) / job.iterations
-        result.utilization, result.max_drift = busy_s / figures.wall_s, figures.max_drift
+        result.utilization, result.max_drift = busy_s / wall_s, max(each.max_drift for each in stages)
         if steps.padding is not None:
             result.actions, result.overruns = steps.padding.take_counts()
 

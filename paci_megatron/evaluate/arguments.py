@@ -75,7 +75,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage, "Remove it"),
         ("--num-virtual-stages-per-pipeline-rank", args.num_virtual_stages_per_pipeline_rank, "Remove it"),
         ("--paci-emulate-stages", args.paci_emulate_stages, "Remove it: any checkpoint loads in one process"),
-        ("--pipeline-schedule paci", args.pipeline_schedule == "paci", "Remove it: PACI is a way to train"),
+        ("--pipeline-schedule paci", args.pipeline_schedule != "1f1b", "Remove it: PACI is a way to train"),
         ("--fp16", args.fp16, "Use --bf16, or neither for fp32"),
     ):
         if value:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
 
-from paci_megatron.config import check_host_link_on_gpu
+from paci_megatron.config import ConfigError
 from paci_megatron.runtime.device import HostCopy, host_buffer
 
 from . import cpu
@@ -31,6 +31,24 @@ def adapt_arguments(args: argparse.Namespace) -> list[str]:
     args.distributed_backend = "gloo"
     args.local_rank %= torch.cuda.device_count()
     return [f"stages share {torch.cuda.device_count()} GPU(s): gloo for all groups, transfers through the host's memory"]
+
+
+def check_host_link_on_gpu(args: argparse.Namespace) -> None:
+    """``ConfigError`` if ``--paci-link host`` on a GPU meets what needs collectives that gloo has for CPU tensors only."""
+    for flag, name, allowed in (
+        ("--tensor-model-parallel-size", "tensor_model_parallel_size", 1),
+        ("--context-parallel-size", "context_parallel_size", 1),
+        ("--expert-model-parallel-size", "expert_model_parallel_size", 1),
+        ("--use-distributed-optimizer", "use_distributed_optimizer", False),
+        ("--overlap-grad-reduce", "overlap_grad_reduce", False),
+    ):
+        value = getattr(args, name)
+        if value != allowed:
+            shown = flag if value is True else f"{flag} {value}"
+            raise ConfigError(
+                f"--paci-link host with {shown} on a GPU: it needs collectives that gloo has for tensors on a CPU only. "
+                f"Remove {flag}, or give each rank a GPU and use --paci-link p2p."
+            )
 
 
 class HostP2PCommunicator(P2PCommunicator):

@@ -28,7 +28,7 @@ def calculator(args: argparse.Namespace) -> StepBatchsizeNumMicroBatchesCalculat
 
 def growth_warning(config: PaciConfig, args: argparse.Namespace) -> list[str]:
     """A line if drift is larger while the batch is still small: until which iteration, and what to do. Otherwise nothing."""
-    if args.step_batch_size_schedule is None or config.schedule != "paci":
+    if args.step_batch_size_schedule is None or config.schedule == "1f1b":
         return []
     sizes = calculator(args)
 

@@ -171,10 +171,10 @@ def _summary(args: argparse.Namespace) -> str:
 def _notes(args: argparse.Namespace) -> list[str]:
     """What PACI will do: drift, memory, clipping, and what there is to gain."""
     count = getattr(args, "num_microbatches", None)
-    if count is None or args.pipeline_schedule != "paci":
+    if count is None or args.pipeline_schedule == "1f1b":
         return []
     config = PaciConfig.from_args(args)
-    limit = speedup_limit(config.num_stages, count)
+    limit = speedup_limit(config.num_processes, count)
     said = [*describe(config, args.clip_grad, count), *growth_warning(config, args)]
     return [*said, f"speed: at most {limit:.2f} times that of 1F1B-flush"]
 

@@ -13,12 +13,17 @@ def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int)
     num_stages, a = config.num_stages, microbatches_per_update
     plan = Plan(config.schedule, num_stages, a, config.slack)
     where = " emulated in one process" if config.emulates else ""
+    if config.folded is not None and not config.emulates:
+        where = f" on {config.num_processes} processes"
     clipping = f"clipping: {_clipping(config, clip_grad, plan.record_lag)}"
-    if config.schedule != "paci":
+    if config.schedule == "1f1b":
         return [f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update", clipping]
     drift = [plan.max_drift(stage) for stage in range(num_stages)]
     held = [plan.max_in_flight(stage) for stage in range(num_stages)]
     more = f", {held[0]} instead of {num_stages} at the first stage" if any(config.slack) else ""
+    if config.folded is not None:
+        peaks = [config.folded.peak(process) / 2 for process in range(config.num_processes)]
+        more = f", which is at most {max(peaks):g} on a whole process, where 1F1B-flush has {config.num_processes}"
     return [
         f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
         f"{drift[0]} updates (by stage: {_row(drift)})",

@@ -41,7 +41,6 @@ class Drains:
         self._drain_interval = drain_interval
         self._microbatches_after = microbatches_after
         self._first_iteration = args.iteration + 1
-        self._last_heard = args.iteration
         self._requested: set[int] = set()
         self._flushing: range = range(0)
         self._spikes = SpikeDetector()
@@ -85,9 +84,6 @@ class Drains:
         With ``--paci-fallback`` the stages flush from there on if training goes wrong; returns the line that says so.
         Every rank decides alike, since all hear the same.
         """
-        if iteration <= self._last_heard:  # stages in one process hear the same, one after the other
-            return None
-        self._last_heard = iteration
         if total.exits:
             self._requested.add(known_at + 1)
         if not self._args.paci_fallback:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import ConfigError, check_emulation, check_in_flight, check_num_stages, check_options, together
+from paci_megatron.config import ConfigError, check_in_flight, check_num_stages, count_stages, stages_per_process
 from paci_megatron.flags import REFUSED, refusals
 
 from .checkpoints import check_load
+from .options import check_emulation, check_options, together
 from .places import FOLDERS, check_places
 
 _COUNT = (int, lambda n: n >= 1, "at least 1")
@@ -105,7 +106,8 @@ def check_early(words: Sequence[str], world_size: int | None, on_this_machine: b
     if any(word.partition("=")[0] in _ELSEWHERE for word in words):
         return
     args = _parse(words)
-    runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
+    count_stages(args)
+    runs_plans = args.pipeline_schedule != "1f1b" or args.paci_emulate_stages is not None
     checks: list[Callable[[], list[str] | None]] = [
         lambda: check_numbers(args),
         lambda: check_options(args),
@@ -115,7 +117,7 @@ def check_early(words: Sequence[str], world_size: int | None, on_this_machine: b
         checks += [lambda: check_places(args), lambda: check_load(args)]
     if runs_plans:
         checks.insert(0, lambda: _check_refused(args))
-    if args.pipeline_schedule == "paci" and args.paci_emulate_stages is None:
+    if args.pipeline_schedule != "1f1b" and args.paci_emulate_stages is None:
         checks.append(lambda: check_num_stages(args))
     together(*checks)
     if world_size is not None:
@@ -126,7 +128,7 @@ def check_early(words: Sequence[str], world_size: int | None, on_this_machine: b
 
 def without_effect(args: argparse.Namespace) -> list[str]:
     """A line for options of PACI's that are given and do nothing, because the schedule is another."""
-    if args.pipeline_schedule == "paci":
+    if args.pipeline_schedule != "1f1b":
         return []
     default = vars(add_paci_arguments(argparse.ArgumentParser()).parse_args([]))
     given = [flag_of(name) for name in _ONLY_UNDER_PACI if getattr(args, name) != default[name]]
@@ -182,6 +184,8 @@ def _check_world_size(args: argparse.Namespace, world_size: int) -> None:
     """``ConfigError`` unless the processes are a whole number of models; sets the number of pipelines."""
     sizes = {name: getattr(args, f"{name}_model_parallel_size") for name in ("tensor", "pipeline")}
     sizes["context"] = args.context_parallel_size
+    if args.paci_emulate_stages is None:
+        sizes["pipeline"] //= stages_per_process(args)
     each = math.prod(sizes.values())
     args.data_parallel_size, rest = divmod(world_size, each)
     if rest or not args.data_parallel_size:

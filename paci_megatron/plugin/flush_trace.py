@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
+from paci_megatron.config import stages_per_process
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.telemetry.trace import StageTrace
 
@@ -22,7 +23,7 @@ def stage_trace(args: Any, model: Any, stage_index: int, num_stages: int) -> Sta
     if args.paci_trace_dir is None or parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank():
         return None
     device = next(model.parameters()).device
-    run = {"schedule": args.pipeline_schedule, "emulated": args.paci_emulate_stages is not None}
+    run = {"schedule": args.pipeline_schedule, "emulated": stages_per_process(args) > 1}
     trace = StageTrace(args.paci_trace_dir, device, stage_index, num_stages, **run)
     trace.listen_to_layers(unwrap_model(model).decoder.layers)
     return trace

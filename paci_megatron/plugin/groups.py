@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 
-from paci_megatron.config import ConfigError
+from paci_megatron.config import ConfigError, stages_per_process
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.groups import MakeGroup, ProcessTransport, Wanted, create_groups
 
@@ -81,24 +81,28 @@ def leave_room_for_transfers(args: argparse.Namespace) -> str | None:
     """Let Transformer Engine's norms leave the multiprocessors that pending receives hold; returns a line for the log.
 
     At some hidden sizes, such as 5120, 6144 and 8192, their kernels begin only when all the multiprocessors they ask for are
-    free, and would wait for the neighbour that a pending receive waits for. Two receives are pending as a rule, and a third
-    for a moment. To be called before the model is built. A margin that the user has set stays.
+    free, and would wait for the neighbour that a pending receive waits for. Two receives of a stage are pending as a rule,
+    and a third for a moment. To be called before the model is built. A margin that the user has set stays.
     """
     over_nccl = _over_nccl(args) and args.paci_emulate_stages is None
     if not over_nccl or args.transformer_impl != "transformer_engine" or all(name in os.environ for name in _NORM_MARGINS):
         return None
-    margin = str(3 * int(_transfer_settings(args)["max_ctas"]))
+    pending = 3 * stages_per_process(args)
+    margin = str(pending * int(_transfer_settings(args)["max_ctas"]))
     for name in _NORM_MARGINS:
         os.environ.setdefault(name, margin)
     return f"Transformer Engine's norms leave {margin} multiprocessors to transfers ({', '.join(_NORM_MARGINS)})"
 
 
-def process_transport(args: argparse.Namespace, stage: Stage, record_lag: int) -> ProcessTransport:
-    """The transport of this rank's stage. Collective over the world.
+def process_transport(
+    args: argparse.Namespace, stages: Sequence[Stage], ranks: Sequence[int], record_lag: int
+) -> ProcessTransport:
+    """The transport of this rank's stages; ``ranks`` are those of all stages. Collective over the world.
 
-    Megatron's pipeline group says who the other stages are. (Megatron's own calls are not used: they pair a send with a
+    (Megatron's own calls are not used: they pair a send with a
     receive and wait for both, and use the world group for one direction when there are two stages.)
     """
+    stage = stages[0]
     config = stage.model_config
     if config.variable_seq_lengths:
         raise ConfigError(
@@ -113,9 +117,10 @@ def process_transport(args: argparse.Namespace, stage: Stage, record_lag: int) -
         tp_group=stage.groups.tp,
         cp_group=stage.groups.cp,
     )
-    weight = stage.tied_weight()
+    tied = (weight for each in stages if (weight := each.tied_weight()) is not None)
+    weight = next(tied, None)
     return ProcessTransport(
-        dist.get_process_group_ranks(stage.groups.pp),
+        ranks,
         shape,
         transfer_dtype(args, config),
         next(stage.model.parameters()).device,

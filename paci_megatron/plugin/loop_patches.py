@@ -83,7 +83,7 @@ def wrap_dummy_train_step(original: Function) -> Function:
         run.require_drained("a skipped iteration")
         for stage in run.stages:
             iterator = run.iterator_of(stage, data_iterator)
-            if iterator is not None or not run.emulates:
+            if iterator is not None or not run.holds_several:
                 with stage.active():
                     original(iterator)
         return None
@@ -154,10 +154,10 @@ def wrap_report_theoretical_memory(original: Function) -> Function:
         run = runs.current()
         config = run.config if run is not None else None
         if config is not None:
-            if config.schedule == "paci":
+            if config.schedule != "1f1b":
                 num_microbatches *= config.drain_interval or config.num_stages
-            if config.emulates:  # the estimate is for one stage, as if each had its own processes
-                args = argparse.Namespace(**vars(args) | {"world_size": args.world_size * config.num_stages})
+            # The estimate is for one stage, as if each had its own processes.
+            args = argparse.Namespace(**vars(args) | {"world_size": args.world_size * config.stages_per_process})
         return original(args, num_microbatches=num_microbatches, verbose=verbose)
 
     return report_theoretical_memory

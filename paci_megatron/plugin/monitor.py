@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.device import memory, reset_peak_memory
-from paci_megatron.runtime.meters import StageFigures, StageMeter
+from paci_megatron.runtime.meters import StageFigures, StageMeter, together_idle
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
 from .drains import Drains
@@ -83,7 +84,7 @@ class RunMonitor:
 
     def log_interval(self, iteration: int) -> None:
         """Megatron has logged ``iteration``: print what is known of all stages, write the interval's mean loss and time."""
-        if self._speaks and self._schedule == "paci" and self._total is not None:
+        if self._speaks and self._schedule != "1f1b" and self._total is not None:
             print(interval_line(iteration, *self._total, self._skipped), flush=True)
         if self._file is None or not self._losses:
             return
@@ -144,12 +145,18 @@ class RunMonitor:
         """Gather every stage's figures since the last drain. A collective, which is why it happens at drains only."""
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
-        mine = [(meter.take_figures(), meter.saved_activation_bytes) for meter in self.meters], memory(self.meters[0].device)
+        own = [meter.take_figures() for meter in self.meters]
+        if self.meters[0].beside:
+            idle = together_idle([each.bubble_fraction for each in own])
+            own = [replace(each, bubble_fraction=idle) for each in own]
+        held = [meter.saved_activation_bytes for meter in self.meters]
+        mine = list(zip(own, held, strict=True)), memory(self.meters[0].device)
         dist.all_gather_object(gathered, mine, group=group)
-        figures, saved = zip(*(stage for stages, _ in gathered for stage in stages), strict=True)
+        by_stage = sorted((stage for stages, _ in gathered for stage in stages), key=lambda each: each[0].stage_index)
+        figures, saved = zip(*by_stage, strict=True)
         if not self._speaks:
             return
-        if self._schedule == "paci":
+        if self._schedule != "1f1b":
             print(stage_line(iteration, figures), flush=True)
             _write_scalars(_stage_scalars(figures), iteration)
         if self._file is not None:

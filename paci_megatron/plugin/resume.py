@@ -26,7 +26,7 @@ def resume_line(saved: argparse.Namespace, args: argparse.Namespace) -> str | No
     consumed = getattr(saved, "consumed_train_samples", 0)
     before, now = _schedule(saved), _schedule(args)
     a_before, a_now = (_microbatches_per_update(a, consumed) for a in (saved, args))
-    if (before, a_before) == (now, a_now) or "paci" not in (before, now):
+    if (before, a_before) == (now, a_now) or before == now == "1f1b":
         return None
     return (
         f"resuming a checkpoint written under {before}, {a_before or 'an unknown number of'} micro-batches per update, "

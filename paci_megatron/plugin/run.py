@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch.distributed import get_process_group_ranks
 
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.control import Record
-from paci_megatron.runtime.links import Transport
+from paci_megatron.runtime.links import StageLink, Transport
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.state import UpdateResult
-from paci_megatron.runtime.turns import run_to_update
+from paci_megatron.runtime.turns import Turns, run_to_update
+from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.vee import forward_pass
 
 from .drains import Drains, MicrobatchForecast
 from .flush_trace import FlushTrace, stage_trace
@@ -35,7 +38,7 @@ from .watchdog import Watchdog, transfer_timeout_s
 
 
 class Run:
-    """A process's training, of a set of stages: one of a distributed pipeline, or all of an emulated one.
+    """A process's training, of a set of stages: one of a distributed pipeline, two of a V, or all of an emulated one.
 
     ``stages`` are those whose plans are run here; there are none under Megatron's own schedule, of which only the time is
     measured. ``plans`` has the running plan of each stage; there are none while the pipeline is empty. ``iteration`` counts
@@ -45,6 +48,7 @@ class Run:
     """
 
     meters: Sequence[StageMeter]
+    _run_to_update: Callable[[], list[UpdateResult]]  # of the plans in progress
     drains: Drains
     monitor: RunMonitor
 
@@ -66,6 +70,7 @@ class Run:
         self._watchdog: Watchdog | None = None
         self._moe_tracker: Any = None
         self._plan_begin = 0  # the iteration after which the latest plan began
+        self._last_total = 0  # the iteration of the latest total
 
     @property
     def slack(self) -> tuple[int, ...]:
@@ -78,9 +83,9 @@ class Run:
         return bool(self.stages)
 
     @property
-    def emulates(self) -> bool:
-        """Whether all stages of the pipeline are in this process."""
-        return self.config is not None and self.config.emulates
+    def holds_several(self) -> bool:
+        """Whether this process has several stages of the pipeline."""
+        return self.config is not None and self.config.stages_per_process > 1
 
     def start_measuring(self, meter: StageMeter, model: Any) -> None:
         """Training is about to begin under Megatron's own schedule."""
@@ -96,6 +101,9 @@ class Run:
         self._transport = transport
         self._optimizer = optimizer
         self.iteration = args.iteration
+        if self.holds_several and not self._config.emulates:
+            for stage in stages:
+                stage.meter.beside = tuple(other.meter for other in stages if other is not stage)
         self._start_monitor([stage.meter for stage in stages])
         keep_gradient_statistics_within_stage([stage.optimizer for stage in stages], args)
         for stage in stages:
@@ -144,12 +152,33 @@ class Run:
             )
 
     def stage_here(self) -> Stage:
-        """The stage that is at work: this process's, or the emulated one whose place Megatron sees."""
-        return self.stages[parallel_state.get_pipeline_model_parallel_rank() if self.emulates else 0]
+        """The stage that is at work: this process's, or the one whose place Megatron sees."""
+        if not self.holds_several:
+            return self.stages[0]
+        seen = parallel_state.get_pipeline_model_parallel_rank()
+        return next(stage for stage in self.stages if stage.stage_index == seen)
 
     def iterator_of(self, stage: Stage, data_iterator: Any) -> Any:
-        """The iterator that feeds ``stage``: Megatron's, or an emulated stage's own (see emulation.py)."""
-        return data_iterator[stage.stage_index] if self.emulates else data_iterator
+        """The iterator that feeds ``stage``: Megatron's, or of several stages its own (see stage_set.py)."""
+        return data_iterator[self.stages.index(stage)] if self.holds_several else data_iterator
+
+    def links(self) -> list[StageLink]:
+        """Of each stage, while the pipeline is empty."""
+        plan = self._new_plan(get_num_microbatches())
+        return [self._transport.link(stage.stage_index, plan) for stage in self.stages]
+
+    def forward_pass(self, num_microbatches: int) -> Iterator[tuple[int, Action]]:
+        """What is done here to pass micro-batches through several stages, forward only: which of them does what."""
+        config = self._config
+        if config.folded is not None and not config.emulates:
+            process, _ = config.folded.place(self.stages[0].stage_index)
+            for action in forward_pass(process, config.folded, num_microbatches):
+                yield action.chunk, action
+            return
+        for microbatch in range(num_microbatches):
+            for position, stage in enumerate(self.stages):
+                for kind in (Kind.FORWARD,) if stage.is_last else (Kind.FORWARD, Kind.SEND_FORWARD):
+                    yield position, Action(kind, microbatch)
 
     def run_iteration(self, forward_step_func: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
         """Perform the plan up to the next update; returns the losses of its window (empty but on the last stage)."""
@@ -160,7 +189,7 @@ class Run:
             running.compute.forward_step_func = forward_step_func
             running.compute.data_iterator = self.iterator_of(running.stage, data_iterator)
         self.totals = {}
-        self.updates = run_to_update(self.plans)
+        self.updates = self._run_to_update()
         self.iteration += 1
         self.since_s = time.monotonic()
         losses = self.plans[-1].compute.take_losses()
@@ -232,13 +261,17 @@ class Run:
             self._slack.after(begin),
             lambda update: drains.is_drain(begin + update),
             gradients_ahead=not self._transport.receives_hold_device,
+            folded=None if config.emulates else config.folded,
         )
 
     def _begin_plans(self, microbatches_per_update: int) -> None:
         plan, begin = self._new_plan(microbatches_per_update), self.iteration
-        self._plan_begin = begin
+        self._plan_begin = self._last_total = begin
 
         def on_total(update: int, total: Record) -> None:
+            if begin + update <= self._last_total:  # stages in one process hear the same, one after the other
+                return
+            self._last_total = begin + update
             self.totals[begin + update] = total
             line = self.drains.hear(begin + update, total, known_at=begin + update + plan.record_lag)
             if line is not None:
@@ -248,6 +281,10 @@ class Run:
             RunningPlan(plan, begin, stage, self._config, self.args, self._transport, self._optimizer, on_total)
             for stage in self.stages
         ]
+        self._run_to_update = partial(run_to_update, self.plans)
+        if plan.folded is not None:
+            process, _ = plan.folded.place(self.stages[0].stage_index)
+            self._run_to_update = Turns(plan.process_actions(process), self.plans).run_to_update
 
     def _check_tied_embeddings(self) -> None:
         """``RuntimeError`` if the two replicas of a tied embedding are not the same. A collective, for drains."""

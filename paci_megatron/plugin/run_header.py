@@ -28,7 +28,7 @@ def run_header(args: argparse.Namespace, microbatches_per_update: int, device: t
     ``set_up`` has the lines that this process's log has about the command line: what was switched off or replaced, and what
     the schedule does.
     """
-    a, runs_plans = microbatches_per_update, args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
+    a, runs_plans = microbatches_per_update, args.pipeline_schedule != "1f1b" or args.paci_emulate_stages is not None
     config = PaciConfig.from_args(args) if runs_plans else None
     described = describe(config, args.clip_grad, a) if config is not None else []
     return {

@@ -15,28 +15,31 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from torch.distributed import get_process_group_ranks
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import PaciConfig, check_emulation, check_options, together
+from paci_megatron.config import PaciConfig, count_stages, stages_per_process
 from paci_megatron.flags import adapt_flags, not_verified
 from paci_megatron.platform import cpu, shared_gpu
 from paci_megatron.platform.without_te import adapt_to_installed, check_installed
+from paci_megatron.runtime.emulate import InProcessTransport
 from paci_megatron.runtime.links import Transport
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.schedule.records import record_lag
 from paci_megatron.schedule.schedules import even_slack
 
-from . import emulation
 from . import run as runs
+from . import stage_set
 from .batch_growth import growth_warning
 from .checkpoints import check_load
 from .describe import describe
 from .early import check_evaluations, check_numbers, check_rates, unknown_flag, without_effect
-from .groups import leave_room_for_transfers, process_transport
+from .groups import agreement, leave_room_for_transfers, process_transport
 from .inputs import exit_on_config_error, megatrons_refusals, refuse
 from .interval_timer import IntervalTimer
 from .layers import check_layers
 from .log import print_first_rank
+from .options import check_emulation, check_options, together
 from .places import check_places
 from .rendezvous import shared_store
 from .restarts import restart_warning
@@ -90,7 +93,8 @@ def wrap_validate_args(original: Function) -> Function:
 
     @functools.wraps(original)
     def validate_args(args: Any, defaults: Any = {}) -> Any:  # noqa: B006 - Megatron's signature
-        runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
+        runs_plans = args.pipeline_schedule != "1f1b" or args.paci_emulate_stages is not None
+        count_stages(args)
         if cpu.is_active():
             changed = ", ".join(cpu.adapt_arguments(args)) or "as given"
             print_first_rank(f"no CUDA device: running on the CPU over gloo ({changed})")
@@ -109,7 +113,7 @@ def wrap_validate_args(original: Function) -> Function:
         args.paci_set_up = [*adapt_to_installed(args), *lines, *without_effect(args)]
         for line in args.paci_set_up:
             print_first_rank(line)
-        validated = original if args.paci_emulate_stages is None else partial(_validated_as_processes, original)
+        validated = original if stages_per_process(args) == 1 else partial(_validated_as_processes, original)
         with exit_on_config_error(), megatrons_refusals():
             result = validated(args, defaults)
             check_rates(args)
@@ -133,17 +137,17 @@ def check_files(args: Any) -> None:
 
 
 def _validated_as_processes(original: Function, args: Any, defaults: Any) -> Any:
-    """Validate an emulated pipeline's arguments as if each stage had processes of its own."""
-    num_stages = args.paci_emulate_stages
-    args.pipeline_model_parallel_size = num_stages
-    args.world_size *= num_stages
+    """Validate the arguments of processes with several stages each as if each stage had processes of its own."""
+    if args.paci_emulate_stages is not None:
+        args.pipeline_model_parallel_size = args.paci_emulate_stages
+    args.world_size *= stages_per_process(args)
     result = original(args, defaults)
-    args.world_size //= num_stages
+    args.world_size //= stages_per_process(args)
     return result
 
 
 def wrap_initialize_megatron(original: Function) -> Function:
-    """Waits for all ranks; emulated stages share a process, so for process groups the pipeline size is 1; allows a CPU."""
+    """Waits for all ranks; makes process groups of a pipeline of processes, however many stages each has; allows a CPU."""
 
     @functools.wraps(original)
     def initialize_megatron(*positional: Any, **named: Any) -> Any:
@@ -157,11 +161,12 @@ def wrap_initialize_megatron(original: Function) -> Function:
         if named.get("store") is None:
             with exit_on_config_error():
                 named["store"] = shared_store(args)
-        if args.paci_emulate_stages is None:
-            return original(*positional, **named)
-        args.pipeline_model_parallel_size = 1
+        several = stages_per_process(args)
+        if several > 1 and args.paci_emulate_stages is None:  # the two ends of a V share their embedding on the last rank
+            named["get_embedding_ranks"] = lambda pipeline: [pipeline[-1]]
+        args.pipeline_model_parallel_size //= several
         result = original(*positional, **named)
-        args.pipeline_model_parallel_size = args.paci_emulate_stages
+        args.pipeline_model_parallel_size *= several
         return result
 
     return initialize_megatron
@@ -175,33 +180,30 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
         from megatron.training import get_args, get_timers
 
         args = get_args()
-        runs_plans = args.pipeline_schedule == "paci" or args.paci_emulate_stages is not None
+        runs_plans = args.pipeline_schedule != "1f1b" or args.paci_emulate_stages is not None
         run = Run(args, PaciConfig.from_args(args) if runs_plans else None)
         runs.set_current(run)
-        if args.pipeline_schedule == "paci" and (line := leave_room_for_transfers(args)) is not None:
+        if args.pipeline_schedule != "1f1b" and (line := leave_room_for_transfers(args)) is not None:
             print_first_rank(line)
-        transport: Transport
-        if run.emulates:
-            stages, transport = emulation.build_stages(run, original, *positional, **named)
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        if run.holds_several:
+            assert run.config is not None
+            stages = stage_set.build_stages(run, run.config.held_stages(pipeline.rank()), original, *positional, **named)
             model, scheduler = [stage.model for stage in stages], stages[0].scheduler
-            optimizer: Any = emulation.StageOptimizers([stage.optimizer for stage in stages])
+            optimizer: Any = stage_set.StageOptimizers(stages)
         else:
             model, optimizer, scheduler = original(*positional, **named)
             if optimizer is None or not (runs_plans or args.paci_metrics_file or args.paci_trace_dir):
                 runs.set_current(None)  # nothing to run (--skip-train) or to measure
                 return model, optimizer, scheduler
-            pipeline = parallel_state.get_pipeline_model_parallel_group()
             meter = StageMeter(pipeline.rank(), pipeline.size(), next(model[0].parameters()).device)
             if not runs_plans:
                 run.start_measuring(meter, model[0])
                 return model, optimizer, scheduler
             process_groups = ProcessGroupCollection.use_mpu_process_groups()
-            stage = Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)
-            most = even_slack(pipeline.size(), PaciConfig.from_args(args).extra.most)
-            lag = record_lag(pipeline.size(), get_num_microbatches(), most)
-            stages, transport = [stage], process_transport(args, stage, lag)
-        run.start(stages, transport, optimizer)
+            stages = [Stage(pipeline.rank(), pipeline.size(), model[0], optimizer, scheduler, process_groups, meter)]
         config = PaciConfig.from_args(args)
+        run.start(stages, _transport(args, config, stages, pipeline), optimizer)
         for line in (*describe(config, args.clip_grad, get_num_microbatches()), *growth_warning(config, args)):
             print_first_rank(line)
         get_timers()("interval-time", log_level=0)
@@ -211,32 +213,41 @@ def wrap_setup_model_and_optimizer(original: Function) -> Function:
     return setup_model_and_optimizer
 
 
+def _transport(args: Any, config: PaciConfig, stages: list[Stage], pipeline: Any) -> Transport:
+    """How ``stages`` reach each other, and those of the other processes of Megatron's group ``pipeline``."""
+    if config.emulates:
+        return InProcessTransport(config.num_stages, stages[0].ties_embeddings, agreement(args))
+    slack = config.slack if config.folded is not None else even_slack(config.num_stages, config.extra.most)
+    lag = record_lag(config.num_stages, get_num_microbatches(), slack)
+    return process_transport(args, stages, config.stage_ranks(get_process_group_ranks(pipeline)), lag)
+
+
 def wrap_build_train_valid_test_data_iterators(original: Function) -> Function:
-    """Emulated stages each read what their own process would."""
+    """Several stages in a process each read what their own process would."""
 
     @functools.wraps(original)
     def build_train_valid_test_data_iterators(provider: Any) -> Any:
         run = runs.current()
-        if run is None or not run.emulates:
+        if run is None or not run.holds_several:
             return original(provider)
-        return emulation.build_data_iterators(original, run.stages, provider)
+        return stage_set.build_data_iterators(original, run.stages, provider)
 
     return build_train_valid_test_data_iterators
 
 
 def wrap_is_pp_last_stage(original: Function) -> Function:
-    """An evaluation decides by it where the losses are: those of emulated stages are in this process."""
+    """An evaluation decides by it, from the place of the first stage here, where the losses are."""
 
     @functools.wraps(original)
     def is_pp_last_stage(pp_group: Any) -> bool:
         run = runs.current()
-        return (run is not None and run.emulates) or original(pp_group)
+        return run.stages[-1].is_last if run is not None and run.holds_several and run.stages else original(pp_group)
 
     return is_pp_last_stage
 
 
 def wrap_generate_state_dict(original: Function) -> Function:
-    """A checkpoint has what a resumed run needs beside Megatron's, among the arguments, and all emulated stages."""
+    """A checkpoint has what a resumed run needs beside Megatron's, among the arguments, and all stages of a process."""
 
     @functools.wraps(original)
     def generate_state_dict(
@@ -245,12 +256,12 @@ def wrap_generate_state_dict(original: Function) -> Function:
         run = runs.current()
         if run is None:
             return original(args, model, optimizer, opt_param_scheduler, rng_state, **named)
-        if not run.emulates:
+        if not run.holds_several:
             return original(run.args_to_save(args), model, optimizer, opt_param_scheduler, rng_state, **named)
         stages = run.stages
         if run.is_loading:
             stages = sorted(stages, key=lambda stage: unwrap_model(stage.model) is not unwrap_model(model)[0])
-        return emulation.generate_state_dict(original, stages, run.args_to_save(args), **named)
+        return stage_set.generate_state_dict(original, stages, run.args_to_save(args), **named)
 
     return generate_state_dict
 

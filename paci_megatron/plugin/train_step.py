@@ -9,8 +9,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-from . import emulation
 from . import run as runs
+from . import stage_set
 from .run import Run
 
 _flush_schedule = schedules.forward_backward_pipelining_without_interleaving
@@ -68,8 +68,8 @@ def forward_backward_pipelining_paci(
         raise RuntimeError("no model was set up under paci: call megatron.training.pretrain, which calls this in turn")
     if forward_only:
         run.require_drained("a forward-only pass")
-        if run.emulates:
-            return emulation.forward_only(
+        if run.holds_several:
+            return stage_set.forward_only(
                 run, forward_step_func, data_iterator, num_microbatches, collect_non_loss_data, first_val_step
             )
         return _flush_schedule(

@@ -47,6 +47,7 @@ class StageCompute:
         self.data_iterator: Iterator[Any] | None = None
         self.losses: list[Any] = []
         self.num_tokens: list[torch.Tensor] = []  # by micro-batch, on the last stage
+        self._windows_seen = 0  # that are still in ``losses``
         self._microbatches_per_update = microbatches_per_update
         self._in_flight_cap = in_flight_cap
         self._is_last_stage = is_last_stage
@@ -108,8 +109,10 @@ class StageCompute:
             self._quantized.renew()
 
     def window_loss(self) -> torch.Tensor:
-        """The mean loss of the oldest window, a scalar; for the last stage."""
-        losses = self.losses[: self._microbatches_per_update]
+        """The mean loss of the oldest window that it has not been asked of, a scalar; for the last stage."""
+        begin = self._windows_seen * self._microbatches_per_update
+        self._windows_seen += 1
+        losses = self.losses[begin : begin + self._microbatches_per_update]
         values = torch.stack([next(iter(loss.values())).view(-1).float() for loss in losses])  # (micro-batches, 1 or 2)
         total = values.sum(dim=0)
         return total[0] / (total[1] if len(total) > 1 else len(values))
@@ -118,6 +121,7 @@ class StageCompute:
         """What the loss function returned for the oldest window, removed; empty on stages without a loss."""
         taken = self.losses[: self._microbatches_per_update]
         del self.losses[: self._microbatches_per_update]
+        self._windows_seen = max(self._windows_seen - 1, 0)
         return taken
 
     def take_num_tokens(self) -> torch.Tensor:

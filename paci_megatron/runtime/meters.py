@@ -66,6 +66,11 @@ class ActionTimes(NamedTuple):
         return cls(middle, (tenths[-1] - tenths[0]) / 1.6 / middle if middle else 0.0)
 
 
+def together_idle(bubble_fractions: Sequence[float]) -> float:
+    """The share of the time in which none of the stages of a process computes; they take turns."""
+    return max(1.0 - sum(1.0 - each for each in bubble_fractions), 0.0)
+
+
 class BoundError(RuntimeError):
     """A stage went beyond what its schedule allows: a bug in the schedule or its execution."""
 
@@ -77,6 +82,7 @@ class StageMeter:
         self.stage_index = stage_index
         self.num_stages = num_stages
         self.device = device
+        self.beside: tuple[StageMeter, ...] = ()  # of the other stages of this process, where each has its share of the time
         self.saved_activation_bytes: int | None = None  # the most that was left for backwards, where it was counted
         self._busy = Stopwatch(device)
         self._drift_bound = 0
@@ -153,8 +159,8 @@ class StageMeter:
 
     @property
     def interval_bubble(self) -> float:
-        """The bubble fraction of the last log interval; NaN if none has ended yet."""
-        return self._interval_bubble
+        """The bubble fraction of the last log interval, of the process; NaN if none has ended yet."""
+        return together_idle([self._interval_bubble, *(other._interval_bubble for other in self.beside)])
 
     @property
     def max_drift(self) -> int:

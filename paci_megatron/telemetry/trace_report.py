@@ -123,7 +123,7 @@ class TraceReport:
     def title(self) -> str:
         """What is reported, in one line."""
         n, a = self.stretch.num_stages, self.stretch.microbatches_per_update
-        where = " that took turns in one process" if self.stretch.is_emulated else ""
+        where = " that took turns, several in a process," if self.stretch.is_emulated else ""
         return (
             f"{self.folder}: {self.stretch.schedule}, {n} stages{where}, {a} micro-batches per update, iterations "
             f"{self.first} to {self.last}, times of one iteration"

@@ -126,12 +126,15 @@ class Injection:
         from megatron.core import parallel_state
         from megatron.core.utils import unwrap_model
 
+        from paci_megatron.plugin import run as runs
+
         original = training.setup_model_and_optimizer
 
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
             built = original(*args, **kwargs)
-            first = parallel_state.get_pipeline_model_parallel_rank() if len(built[0]) == 1 else 0
-            for stage, chunk in enumerate(built[0], start=first):
+            run = runs.current()
+            held = [stage.stage_index for stage in run.stages] if run is not None else []
+            for stage, chunk in zip(held or [parallel_state.get_pipeline_model_parallel_rank()], built[0], strict=True):
                 if stage == self.stage:
                     self._hook(unwrap_model(chunk))
             return built

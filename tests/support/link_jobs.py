@@ -83,7 +83,8 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         tied_weight=lambda: weight if stage_index in (0, dist.get_world_size() - 1) else None,
     )
-    transport = process_transport(args, stage, LAG)  # type: ignore[arg-type]  # what it needs of a stage
+    ranks = dist.get_process_group_ranks(stage.groups.pp)
+    transport = process_transport(args, [stage], ranks, LAG)  # type: ignore[list-item]  # what it needs of a stage
     for _ in range(2):  # a plan, and the next after its drain
         n, ahead = dist.get_world_size(), not transport.receives_hold_device
         plan = Plan("paci", n, A, even_slack(n, EXTRA), lambda update: update == UPDATES, ahead)

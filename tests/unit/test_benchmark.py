@@ -53,7 +53,7 @@ def padding(times: StageTimes, clock: Clock, stage_index: int = 0) -> Padding:
     return Padding(times, stage_index, clock, clock.sleep)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "paci", "paci:1", "interleaved:2"])
+@pytest.mark.parametrize("name", ["1f1b", "paci", "paci:1", "interleaved:2", "paci-v"])
 def test_timed_actions_take_what_the_simulator_says_they_take(name: str) -> None:
     arm, costs = find_arm(name), Costs((StageCosts(0.1, 0.2),) * 4, jitter=0.2, seed=7)
     simulation = arm.plan.simulate(4, 3, costs, record=True)
@@ -189,7 +189,7 @@ def test_a_row_warns_of_actions_that_took_too_long() -> None:
 
 def test_what_is_measured_ends_before_any_stage_runs_out_of_work() -> None:
     """The last stage to start a drain's cooldown is the first; what is measured must be over when the first one stops."""
-    for name in ("paci", "paci:2"):
+    for name in ("paci", "paci:2", "paci-v"):
         for n in (2, 4, 8):
             for a in (1, 3, 4, 16):
                 settings = Settings((name,), (n,), (a,), TIMED_MODEL, stage_ms=((1, 2),), iterations=2)

@@ -12,17 +12,10 @@ from typing import Any
 import pytest
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import (
-    NUMBERS,
-    ConfigError,
-    Extra,
-    PaciConfig,
-    check_emulation,
-    check_host_link_on_gpu,
-    check_options,
-    extra_of,
-    together,
-)
+from paci_megatron.config import ConfigError, Extra, PaciConfig, check_num_stages, count_stages, extra_of
+from paci_megatron.platform.shared_gpu import check_host_link_on_gpu
+from paci_megatron.plugin.options import NUMBERS, check_emulation, check_options, together
+from paci_megatron.schedule.vee import fold
 
 
 def namespace(**changes: Any) -> argparse.Namespace:
@@ -45,6 +38,8 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_weight_policy": "latest",
         "paci_extra_in_flight": "0",
         "paci_memory_budget": None,
+        "paci_v_order": "1:2:0",
+        "paci_transfer_dtype": "model",
         "paci_trace_dir": None,
         "global_batch_size": 16,
         "micro_batch_size": 2,
@@ -177,6 +172,39 @@ def test_emulation_that_cannot_work_is_refused(changes: dict[str, Any], message:
 
 def test_emulation_is_accepted() -> None:
     check_emulation(namespace(pipeline_model_parallel_size=1, paci_emulate_stages=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipeline_model_parallel_size": 2}, "paci-v on one process, with two stages"),
+        ({"paci_emulate_stages": 5, "pipeline_model_parallel_size": 1}, "--paci-emulate-stages 5 .* Give an even number"),
+        ({"paci_extra_in_flight": "2"}, "--paci-extra-in-flight 2 with --pipeline-schedule paci-v: its order says"),
+        ({"paci_v_order": "1:2"}, "--paci-v-order 1:2: expected FORWARD:BACKWARD:WAIT"),
+        ({"paci_v_order": "1:20:0"}, "--paci-v-order 1:20:0: no V for a forward and backward of 1:20"),
+        ({"paci_transfer_dtype": "bf16"}, "--paci-transfer-dtype bf16 with --pipeline-schedule paci-v"),
+        ({"eval_micro_batch_size": 4}, "--eval-micro-batch-size 4 with --pipeline-schedule paci-v: .* Give 2"),
+        ({"save": "x", "ckpt_format": "torch"}, "--pipeline-schedule paci-v with --ckpt-format torch"),
+        ({"fp8": "hybrid"}, "--pipeline-schedule paci-v with --fp8-recipe delayed"),
+        ({"skip_train": True}, "--pipeline-schedule paci-v with --skip-train"),
+        ({"skip_train": True, "paci_emulate_stages": 4, "pipeline_model_parallel_size": 1}, "4 with --skip-train"),
+    ],
+)
+def test_a_v_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    args = namespace(pipeline_schedule="paci-v", **changes)
+    with pytest.raises(ConfigError, match=message):
+        together(lambda: check_options(args), lambda: check_emulation(args), lambda: check_num_stages(args))
+
+
+def test_a_v_has_its_ends_on_the_last_rank() -> None:
+    args = namespace(pipeline_schedule="paci-v", pipeline_model_parallel_size=3)
+    count_stages(args)
+    config = PaciConfig.from_args(args)
+    assert (config.num_stages, config.num_processes, config.slack) == (6, 3, fold(3).slack)
+    assert [config.held_stages(rank) for rank in range(3)] == [(2, 3), (1, 4), (0, 5)]
+    assert config.stage_ranks([10, 11, 12]) == [12, 11, 10, 10, 11, 12]
+    one = PaciConfig.from_args(namespace(pipeline_schedule="paci-v", pipeline_model_parallel_size=6, paci_emulate_stages=6))
+    assert one.emulates and one.slack == config.slack and one.held_stages(0) == tuple(range(6))
 
 
 def test_clip_modes() -> None:

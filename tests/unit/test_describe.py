@@ -9,6 +9,7 @@ import pytest
 from paci_megatron.config import Extra, PaciConfig
 from paci_megatron.plugin.describe import describe
 from paci_megatron.plugin.run_header import launch_command
+from paci_megatron.schedule.vee import fold
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_schedule_and_clipping() -> None:
     assert schedule == "schedule paci: 4 stages, 2 micro-batches per update, drift of at most 3 updates (by stage: 3 2 1 0)"
     assert "7 instead of 4 at the first stage" in memory
     assert clipping.startswith("clipping: to 1, by the global norm of 4 updates ago")
-    assert describe(PaciConfig(2, schedule="1f1b", emulates=True), 0.0, 4) == [
+    assert describe(PaciConfig(2, schedule="1f1b", stages_per_process=2), 0.0, 4) == [
         "schedule 1f1b: 2 stages emulated in one process, 4 micro-batches per update",
         "clipping: none",
     ]
@@ -39,6 +40,14 @@ def test_auto_says_when_it_chooses_and_what_bounds_it() -> None:
     line = describe(PaciConfig(4, extra=Extra(((0, (0, 0, 0)),), most=4, is_auto=True)), 0.0, 2)[-1]
     assert line.startswith("--paci-extra-in-flight auto: after 12 updates the pipeline drains once")
     assert line.endswith("at most 8 micro-batches in flight at the first stage, drift of at most 4 updates")
+
+
+def test_a_v() -> None:
+    folded = fold(4)
+    config = PaciConfig(8, schedule="paci-v", stages_per_process=2, slack=folded.slack, folded=folded)
+    schedule, memory, _ = describe(config, 0.0, 4)
+    assert schedule.startswith("schedule paci-v: 8 stages on 4 processes, 4 micro-batches per update, drift of at most 1")
+    assert ", which is at most 3 on a whole process, where 1F1B-flush has 4; one copy" in memory
 
 
 def test_a_metrics_file_names_the_command_that_starts_the_run_again() -> None:

@@ -7,10 +7,13 @@ before it on the same communicator, holds up everything queued behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import pytest
 
 from paci_megatron.schedule import Action, Kind
+from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.vee import fold
 from tests.support.plans import plans_of
 
 RECEIVES = {Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD), Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD)}
@@ -21,37 +24,54 @@ RECORDS = {Kind.REPORT: 1, Kind.TOTAL: -1}
 
 
 def stuck(plans: Sequence[Sequence[Action]], by_direction: bool = True) -> list[Action]:
-    """Where the stages' queues stop for good, each strictly in order; empty if all come to their ends.
+    """Where the processes' queues stop for good, each strictly in order; empty if all come to their ends.
 
-    A communicator carries its transfers in order: there is one for each pair of stages and direction, or one for each pair.
+    A communicator carries its transfers in order: there is one for each link between stages and direction, or one for each
+    link. Stages of one process, of which chunk 1 of process r of N is 2N-1-r, hand over without a transfer.
     """
+    last = max(action.chunk for plan in plans for action in plan) * len(plans) + len(plans) - 1
+    process_of = [min(stage, 2 * len(plans) - 1 - stage) for stage in range(last + 1)]
     position = [0] * len(plans)
-    started: list[set[Action]] = [set() for _ in plans]
+    started: list[set[tuple[Kind, int]]] = [set() for _ in process_of]  # by stage
 
-    def is_complete(stage: int, action: Action) -> bool:
+    def counterpart(stage: int, action: Action) -> int | None:
+        """The stage at the other end, if it is in another process."""
+        other = stage + TRANSFERS[action.kind][0]
+        return other if 0 <= other <= last and process_of[other] != process_of[stage] else None
+
+    def is_complete(stage: int, kind: Kind, index: int) -> bool:
         """Whether a transfer of this stage is done: started on both sides."""
-        offset, counterpart = TRANSFERS[action.kind]
-        return action in started[stage] and Action(counterpart, action.index) in started[stage + offset]
+        offset, other_kind = TRANSFERS[kind]
+        return (kind, index) in started[stage] and (other_kind, index) in started[stage + offset]
 
     def may_start(stage: int, action: Action) -> bool:
         if action.kind in TRANSFERS:
+            if counterpart(stage, action) is None:
+                return True
             same = {action.kind} if by_direction else {k for k in TRANSFERS if TRANSFERS[k][0] == TRANSFERS[action.kind][0]}
-            return all(is_complete(stage, earlier) for earlier in started[stage] if earlier.kind in same)
+            return all(is_complete(stage, *earlier) for earlier in started[stage] if earlier[0] in same)
         if action.kind in NEEDS:
             receive = Action(NEEDS[action.kind], action.index)
-            return not 0 <= stage + RECEIVES[receive.kind][0] < len(plans) or is_complete(stage, receive)
+            offset, sent = TRANSFERS[receive.kind]
+            if counterpart(stage, receive) is None:
+                return not 0 <= stage + offset <= last or (sent, action.index) in started[stage + offset]
+            return is_complete(stage, receive.kind, receive.index)
         if action.kind in RECORDS:
             neighbour = stage + RECORDS[action.kind]
-            return not 0 <= neighbour < len(plans) or action in started[neighbour]
+            return not 0 <= neighbour <= last or (action.kind, action.index) in started[neighbour]
         return True
 
     progress = True
     while progress:
         progress = False
-        for stage, plan in enumerate(plans):
-            while position[stage] < len(plan) and may_start(stage, plan[position[stage]]):
-                started[stage].add(plan[position[stage]])
-                position[stage] += 1
+        for process, plan in enumerate(plans):
+            while position[process] < len(plan):
+                action = plan[position[process]]
+                stage = last - process if action.chunk else process
+                if not may_start(stage, action):
+                    break
+                started[stage].add((action.kind, action.index))
+                position[process] += 1
                 progress = True
     return [plan[at] for plan, at in zip(plans, position, strict=True) if at < len(plan)]
 
@@ -65,3 +85,16 @@ def test_a_plan_runs_through_a_single_queue(num_stages: int, a: int) -> None:
     ahead = plans_of(num_stages, a, updates=6, gradients_ahead=True)
     assert stuck(ahead) == []
     assert stuck(ahead, by_direction=False) != []
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4, 8])
+@pytest.mark.parametrize("a", [1, 3])
+@pytest.mark.parametrize("wait", [0, 1])
+def test_a_plan_of_a_v_runs_through_a_single_queue(num_processes: int, a: int, wait: int) -> None:
+    folded = fold(num_processes, 1, 2, wait)
+    plan = Plan("paci-v", folded.num_stages, a, folded.slack, lambda update: update == 2 * num_processes, folded=folded)
+    end = Action(Kind.UPDATE, 2 * num_processes)
+    plans = [[*takewhile(lambda each: each != end, plan.process_actions(at)), end] for at in range(num_processes)]
+    assert stuck(plans) == []
+    late = [sorted(each, key=lambda action: action.kind in RECEIVES) for each in plans]
+    assert stuck(late) != [], "receives that are posted when all else is done"

@@ -31,6 +31,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
     values: dict[str, Any] = {
         "distributed_backend": "nccl",
         "paci_link": "p2p",
+        "pipeline_schedule": "paci",
         "paci_transfer_ctas": None,
         "nccl_communicator_config_path": None,
         "high_priority_stream_groups": [],

@@ -13,7 +13,7 @@ from paci_megatron.plugin.monitor import interval_line
 from paci_megatron.runtime import meters
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.device import Stopwatch
-from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.runtime.meters import StageMeter, together_idle
 
 
 class Clock:
@@ -112,3 +112,9 @@ def test_the_line_says_how_much_more_the_bubble_may_be() -> None:
     total = Record(4.0, least_bubble=0.01, most_bubble=0.2, host_bound=0.12)
     assert "20.0% idlest (up to 12.0% more where a GPU waits for its host)" in interval_line(10, 9, total, 0)
     assert "more" not in interval_line(10, 9, total._replace(host_bound=0.0), 0)
+
+
+def test_stages_of_a_process_that_take_turns_idle_together() -> None:
+    assert together_idle([0.7, 0.5]) == pytest.approx(0.2)
+    assert together_idle([0.5, 0.4]) == 0
+    assert math.isnan(together_idle([0.5, math.nan]))

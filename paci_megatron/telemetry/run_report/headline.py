@@ -51,7 +51,7 @@ def _bubble(runs: Sequence[ReportedRun]) -> str:
 
 
 def _drift(runs: Sequence[ReportedRun]) -> str:
-    drifting = [run for run in runs if run.schedule == "paci" and run.drains]
+    drifting = [run for run in runs if run.schedule != "1f1b" and run.drains]
     values = [_updates(max(by_stage(run, "max_drift")), run.label) for run in drifting]
     bounds = [bounds for run in drifting if (bounds := run.drift_bounds()) is not None]
     if not drifting:

@@ -81,7 +81,7 @@ def promised_bubble(run: ReportedRun) -> float | None:
     n, a = run.num_stages, run.microbatches_per_update
     if n is None or a is None or not run.drains:
         return None
-    if run.schedule != "paci":
+    if run.schedule == "1f1b":
         return flush_bubble_fraction(n, a * run.header.get("chunks_per_stage", 1))
     full = [a * drain[0]["updates"] for drain in run.drains]
     return (n - 1) * len(full) / sum(slots + n - 1 for slots in full)

@@ -175,7 +175,7 @@ def _gradients(runs: Sequence[ReportedRun]) -> str:
     for run in runs:
         clip, logged = run.header.get("clip_grad"), norms(run)
         above = sum(norm > clip for _, norm in logged) if clip else 0
-        how = f", {run.header['clip_mode']}" if run.schedule == "paci" and clip else ""
+        how = f", {run.header['clip_mode']}" if run.schedule != "1f1b" and clip else ""
         clipping = {None: "not said in its metrics file", 0: "none"}.get(clip, f"--clip-grad {clip}{how}")
         counts = sums_by_stage(run, "skipped_updates")
         skipped = ", ".join(f"{count} on stage {stage}" for stage, count in enumerate(counts) if count) or "none"

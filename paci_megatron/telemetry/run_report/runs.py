@@ -14,7 +14,7 @@ from paci_megatron.telemetry import curves
 from paci_megatron.telemetry.run_events import Event, named, read_run_events
 from paci_megatron.telemetry.trace_report import TraceReport
 
-SCHEDULE_NAMES = {"1f1b": "1F1B-flush", "paci": "PACI"}
+SCHEDULE_NAMES = {"1f1b": "1F1B-flush", "paci": "PACI", "paci-v": "PACI-V"}
 MOST_TRACED = 200
 """Iterations that are read of a trace: those of days would take minutes, and more memory than there is."""
 _TRACE = re.compile(r"stage-\d+\.jsonl")
@@ -78,7 +78,7 @@ class ReportedRun:
         n, a = self.num_stages, self.microbatches_per_update
         if n is None or a is None:
             return None
-        if self.schedule != "paci":
+        if self.schedule == "1f1b":
             return [0] * n
         return [max(max_drift(stage, n, a, slack) for slack in self.slacks()) for stage in range(n)]
 

@@ -132,7 +132,7 @@ def drift(runs: Sequence[ReportedRun]) -> Figure:
     largest: list[Plot] = []
     mean: list[Plot] = []
     for index, run in enumerate(runs):
-        if run.schedule != "paci":
+        if run.schedule == "1f1b":
             figure.notes.append(f"{run.label}: flushes before every update, so it has no drift.")
         elif not run.drains:
             figure.notes.append(f"{run.label}: no drain yet, and drift is written down at drains.")
@@ -162,7 +162,7 @@ def _full_pipeline(run: ReportedRun) -> list[float]:
 def _weight_changes(runs: Sequence[ReportedRun]) -> list[Plot]:
     """Drift in units of weights, where the runs have measured it."""
     known = [
-        (index, run) for index, run in enumerate(runs) if run.schedule == "paci" and _measures(run, "max_weight_change")
+        (index, run) for index, run in enumerate(runs) if run.schedule != "1f1b" and _measures(run, "max_weight_change")
     ]
     if not known:
         return []

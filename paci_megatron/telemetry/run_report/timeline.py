@@ -86,7 +86,7 @@ def _iterations(trace: TraceReport, most: int) -> int:
 
 def _panels(run: ReportedRun, trace: TraceReport, iterations: int) -> list[Panel]:
     first, last = trace.middle(iterations)
-    measured, knows_waits = trace.stretch.spans(first, last), trace.stretch.schedule == "paci"
+    measured, knows_waits = trace.stretch.spans(first, last), trace.stretch.schedule != "1f1b"
     if not knows_waits:
         measured = [_with_waits(stage) for stage in measured]
     simulated = [_with_waits(stage) for stage in trace.simulated_spans(Costs(trace.costs), first, last)]

@@ -1,4 +1,4 @@
-"""All stages of a pipeline in one process (``--paci-emulate-stages``): Megatron builds, loads and saves each in turn.
+"""Several stages in one process, all (``--paci-emulate-stages``) or two of a V: Megatron builds, loads, saves each in turn.
 
 A stage is made as its own process would make it: with its place in the pipeline visible to Megatron, its own seed, its own
 model part, optimizer and scheduler, and from then on its own random numbers. So everything, checkpoints included, comes
@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
-from paci_megatron.runtime.emulate import InProcessTransport
 from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.schedule import Kind
 
-from .groups import agreement
 from .run import Run
 from .stage import Stage
 
@@ -101,21 +100,22 @@ def _set_place(stage_index: int | None, num_stages: int | None) -> None:
 
 
 class StageOptimizers:
-    """The stages' optimizers where Megatron's training loop, and the user, expect one."""
+    """The optimizers of a process's stages where Megatron's training loop, and the user, expect one."""
 
     is_stub_optimizer = False
 
-    def __init__(self, optimizers: list[Any]) -> None:
-        self._optimizers = optimizers
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._optimizers = [stage.optimizer for stage in stages]
+        self._by_stage = {stage.stage_index: stage.optimizer for stage in stages}
 
     @property
     def param_groups(self) -> list[Any]:
-        """The parameter groups of all stages, for the logged learning rate."""
+        """The parameter groups of all of them, for the logged learning rate."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self) -> Any:
         """Step the optimizer of the stage at work; each stage calls it, as each stage's process would its own."""
-        return self._optimizers[parallel_state.get_pipeline_model_parallel_rank()].step()
+        return self._by_stage[parallel_state.get_pipeline_model_parallel_rank()].step()
 
     def get_loss_scale(self) -> torch.Tensor:
         """The last stage's loss scale, which all share."""
@@ -126,21 +126,24 @@ class StageOptimizers:
         return self._optimizers[-1].scale_loss(loss)
 
     def prepare_model_params_for_param_sync(self) -> None:
-        """Megatron is about to gather the weights of all stages."""
+        """Megatron is about to gather the weights of all of them."""
         for optimizer in self._optimizers:
             optimizer.prepare_model_params_for_param_sync()
 
 
 def build_stages(
-    run: Run, setup: Callable[..., tuple[Any, Any, Any]], *positional: Any, **named: Any
-) -> tuple[list[Stage], InProcessTransport]:
-    """Run Megatron's ``setup_model_and_optimizer`` once for each stage, as its own process would."""
+    run: Run, held: Sequence[int], setup: Callable[..., tuple[Any, Any, Any]], *positional: Any, **named: Any
+) -> list[Stage]:
+    """Run Megatron's ``setup_model_and_optimizer`` once for each of the stages ``held``, as its own process would.
+
+    Collective where there are more processes, of which each holds as many.
+    """
     args = run.args
     sources = {name: getattr(args, name) for name in ("load", "pretrained_checkpoint")}
     vars(args).update(dict.fromkeys(sources))  # loaded when all stages are there: a checkpoint is read as a whole
     num_stages = args.pipeline_model_parallel_size
-    stages = [_build_stage(index, num_stages, setup, args, *positional, **named) for index in range(num_stages)]
-    if stages[0].ties_embeddings:
+    stages = [_build_stage(index, num_stages, setup, args, *positional, **named) for index in held]
+    if stages[0].ties_embeddings and stages[0].is_first and stages[-1].is_last:
         _tie(stages[0], stages[-1])
     vars(args).update(sources)
     if any(sources.values()):
@@ -149,7 +152,7 @@ def build_stages(
             with stage.active():
                 _load_stage(stage, args, named.get("checkpointing_context"))
         run.is_loading = False
-    return stages, InProcessTransport(num_stages, stages[0].ties_embeddings, agreement(args))
+    return stages
 
 
 def _load_stage(stage: Stage, args: argparse.Namespace, context: Any) -> None:
@@ -198,10 +201,16 @@ def _build_stage(
 
 def build_data_iterators(build: Callable[..., Any], stages: list[Stage], provider: Any) -> tuple[Any, Any, Any]:
     """Train, validation and test iterators, each a list by stage, as ``provider`` makes them there."""
-    by_stage = []
+    # Megatron builds the indices of data sets on rank 0, and asks it whether there are any. In a V it has middle stages.
+    in_the_middle = not stages[0].is_first and parallel_state.get_pipeline_model_parallel_rank() == 0
+    by_stage: list[tuple[Any, Any, Any]] = []
     for stage in stages:
         with stage.active():
+            if in_the_middle and not by_stage:
+                _set_place(0, stage.groups.pp.size())
             by_stage.append(build(provider))
+    if in_the_middle and by_stage[-1][0] is None:  # such stages read nothing
+        by_stage[0] = by_stage[-1]
     train, valid, test = (list(column) for column in zip(*by_stage, strict=True))
     return train, valid, test
 
@@ -214,18 +223,24 @@ def forward_only(
     collect_non_loss_data: bool,
     first_val_step: bool | None,
 ) -> list[Any]:
-    """Evaluate ``num_microbatches`` micro-batches through all stages; returns the last stage's losses."""
+    """Evaluate ``num_microbatches`` micro-batches through all stages; returns the last stage's losses, where it is here."""
     losses: list[Any] = []
-    for microbatch in range(num_microbatches):
-        tensor = None
-        for stage in run.stages:
+    links = run.links()
+    output: Any = None
+    for position, action in run.forward_pass(num_microbatches):
+        stage, link, microbatch = run.stages[position], links[position], action.index
+        if action.kind is Kind.RECV_FORWARD:
+            link.post_receive_forward(microbatch)
+        elif action.kind is Kind.SEND_FORWARD:
+            link.send_forward(microbatch, output)
+        else:
             with stage.active():
-                tensor, _ = schedules.forward_step(
+                output, _ = schedules.forward_step(
                     forward_step_func,
                     run.iterator_of(stage, data_iterator),
                     stage.model,
                     num_microbatches,
-                    tensor,
+                    link.receive_forward(microbatch),
                     losses,
                     stage.model_config,
                     cp_group_size=stage.groups.cp.size(),
@@ -234,6 +249,8 @@ def forward_only(
                     current_microbatch=microbatch,
                     is_last_stage=stage.is_last,
                 )
+    for link in links:
+        link.drain()
     return losses
 
 
