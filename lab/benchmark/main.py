@@ -17,7 +17,6 @@ from lab.benchmark.jobs import Job
 from lab.benchmark.padding import StageTimes
 from lab.benchmark.rows import Measured, make_rows, ms_per_iteration, overrun_warning, table
 from lab.benchmark.settings import (
-    AUTO,
     NAMES,
     REAL_MODEL,
     TIMED_MODEL,
@@ -123,7 +122,7 @@ def make_job(settings: Settings, case: Case, repeat: int, logs: Path) -> Job:
     metrics_file = str(logs / "metrics.jsonl")
     a = case.microbatches_per_update
     if repeat == 0:
-        least = case.least_warmup if case.arm.name == AUTO else 1  # what it chooses counts
+        least = case.least_warmup if case.arm.is_auto else 1  # what it chooses counts
         argv = settings.training_arguments(case, metrics_file, train_iters=case.drain_iterations + least)
         return Job(tuple(argv), a, is_bare=case.arm.is_bare, measures_memory=True)
     costs, times = settings.timed_costs(case.num_stages), None

@@ -17,19 +17,29 @@ from paci_megatron.usage import UsageError, require
 FLUSH = "1f1b"
 BARE = "paci-bare"
 AUTO = "paci:auto"
-NAMES = "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci:auto, paci-bare, paci-v, paci-v:FORWARD:BACKWARD:WAIT"
+NAMES = (
+    "1f1b, interleaved:CHUNKS, paci, paci:EXTRA_IN_FLIGHT, paci:auto, paci:auto:MEMORY_BUDGET, paci-bare, paci-v, "
+    "paci-v:FORWARD:BACKWARD:WAIT"
+)
 
 
 @dataclass(frozen=True)
 class Arm:
     """A schedule that can be run: ``plan`` is what the simulator knows it as; of paci:auto until it has chosen.
 
-    ``is_bare`` leaves out what PACI's stages tell each other: no clipping, no control records.
+    ``is_bare`` leaves out what PACI's stages tell each other: no clipping, no control records. ``budget`` is that of
+    paci:auto, None for the default.
     """
 
     name: str
     plan: Schedule
     is_bare: bool = False
+    budget: int | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the run chooses what is in flight."""
+        return self.name.partition(":")[2].partition(":")[0] == "auto"
 
     @property
     def is_paci(self) -> bool:
@@ -50,8 +60,8 @@ class Arm:
         """The most micro-batches of the first stage."""
         if self.plan.folded:
             return fold(num_stages, *map(int, self.order.split(":"))).in_flight(0)
-        if self.name == AUTO:
-            return 2 * num_stages  # by default
+        if self.is_auto:
+            return self.budget or 2 * num_stages  # the default
         return num_stages + sum(parse_slack(self.plan.extra_in_flight, num_stages))
 
     def flags(self) -> list[str]:
@@ -60,8 +70,9 @@ class Arm:
             return ["--pipeline-schedule", "paci-v", "--paci-v-order", self.order]
         if self.plan.chunks > 1:
             return ["--num-virtual-stages-per-pipeline-rank", str(self.plan.chunks)]
-        if self.name == AUTO:
-            return ["--pipeline-schedule", "paci", "--paci-extra-in-flight", "auto"]
+        if self.is_auto:
+            budget = ["--paci-memory-budget", str(self.budget)] if self.budget else []
+            return ["--pipeline-schedule", "paci", "--paci-extra-in-flight", "auto", *budget]
         flags = ["--pipeline-schedule", "paci"] if self.is_paci else []
         return flags + (["--paci-extra-in-flight", self.plan.extra_in_flight] if self.plan.extra_in_flight != "0" else [])
 
@@ -69,8 +80,9 @@ class Arm:
 def find_arm(name: str) -> Arm:
     """The arm of that name, such as ``paci:1``; ``UsageError`` if there is none."""
     base = name.partition(":")[0]
-    if name == AUTO:
-        return Arm(name, find_schedule("paci"))
+    auto, _, budget = name.partition(f"{AUTO}:")
+    if name == AUTO or (not auto and budget.isdecimal()):
+        return Arm(name, find_schedule("paci"), budget=int(budget) if budget else None)
     if name == BARE:
         return Arm(name, find_schedule("paci"), is_bare=True)
     if base not in ("1f1b", "interleaved", "paci", "paci-v"):
@@ -106,12 +118,12 @@ class Case:
     def least_warmup(self) -> int:
         """Iterations that fill the pipeline and let it settle, and at least three for one-off costs."""
         lag = record_lag(self.num_stages, self.microbatches_per_update)
-        chooses = Extra.measured_updates(lag) if self.arm.name == AUTO else 0
+        chooses = Extra.measured_updates(lag) if self.arm.is_auto else 0
         return chooses + max(3, 2 * self.drain_iterations)
 
     def as_chosen(self, slack: tuple[int, ...]) -> Case:
         """The case for the simulator: with this slack, if it is paci:auto and has chosen."""
-        chose = self.arm.name == AUTO and slack
+        chose = self.arm.is_auto and slack
         return replace(self, arm=find_arm(f"paci:{','.join(map(str, slack))}")) if chose else self
 
 

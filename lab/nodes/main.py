@@ -21,6 +21,7 @@ from paci_megatron.simulate.comparison import aligned
 from paci_megatron.simulate.costs import Costs
 from paci_megatron.usage import UsageError, require
 
+from .figure import write_figure
 from .namespaces import nodes, unavailable
 from .training import TrainingError, train
 
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.json",
         help="rows, added to those that are there; the table has medians",
     )
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="time of an iteration by delay, of all rows")
     parser.add_argument("--timeout-s", type=float, default=300, help="for one training (default: 300)")
     for field in ("seq_length", "micro_batch_size"):
         default = getattr(TIMED_MODEL, field)
@@ -95,7 +97,7 @@ def costs_over(settings: Settings, stages_per_node: int, delay_s: float, bits_pe
     (num_stages,) = settings.num_stages
     costs, model = settings.timed_costs(num_stages), settings.model
     assert costs is not None
-    element_bytes = 2 if "--bf16" in settings.megatron_flags else 4
+    element_bytes = 2 if {"--bf16", "bf16"} & set(settings.megatron_flags) else 4  # also --paci-transfer-dtype bf16
     message_bytes = model.seq_length * model.micro_batch_size * model.hidden_size * element_bytes
     between = [(stage + 1) % stages_per_node == 0 for stage in range(num_stages - 1)]
     return dataclasses.replace(
@@ -131,12 +133,17 @@ def row(
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a reader, of those of one case the median; speed-ups are over 1F1B-flush on the same network."""
+def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of each schedule and network the one in the middle."""
     repeats: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in rows:
         repeats.setdefault((one["schedule"], *_network(one)), []).append(one)
-    rows = [sorted(same, key=lambda one: float(one["ms_per_iteration"]))[len(same) // 2] for same in repeats.values()]
+    return [sorted(same, key=lambda one: float(one["ms_per_iteration"]))[len(same) // 2] for same in repeats.values()]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a reader, of those of one case the median; speed-ups are over 1F1B-flush on the same network."""
+    rows = medians(rows)
     flush = {_network(one): one for one in rows if one["schedule"] == FLUSH}
     header = ("", "delay ms", "Gbit/s", "ms/iteration", "predicted", "error", "vs flush", "predicted", "slack", "drift")
     lines = [header]
@@ -190,7 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = unavailable()
         require(reason is None, f"no nodes can be made here: {reason}")
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        print(table(measure(options, settings_of(options, words[split + 1 :]))))
+        rows = measure(options, settings_of(options, words[split + 1 :]))
+        print(table(rows))
+        if options.figure is not None:
+            write_figure(medians(rows), options.figure)
     except (UsageError, TrainingError, RuntimeError) as error:
         print(f"benchmark_nodes.py: error: {error}", file=sys.stderr)
         return 2

@@ -326,3 +326,12 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "not measured: interleaved:2" in shown and "N=2 a=3 1f1b, repeat 2" in shown and "in all about" in shown
     assert not output.exists()
+
+
+def test_auto_is_run_with_its_budget_and_foretold_with_what_it_chose() -> None:
+    auto, bounded = Case(find_arm("paci:auto"), 8, 4), Case(find_arm("paci:auto:12"), 8, 4)
+    assert auto.arm.flags() == ["--pipeline-schedule", "paci", "--paci-extra-in-flight", "auto"]
+    assert bounded.arm.flags()[-2:] == ["--paci-memory-budget", "12"]
+    assert (auto.drain_iterations, bounded.drain_iterations) == (5, 4), "16 and 12 micro-batches may be in flight"
+    assert auto.least_warmup == 2 * 2 + 8 + 2 * 5, "it measures first"
+    assert auto.as_chosen((0, 1) * 3 + (0,)).arm.plan.extra_in_flight == "0,1,0,1,0,1,0"

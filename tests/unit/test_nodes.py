@@ -7,8 +7,10 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 
 from lab.benchmark.jobs import RankResult
+from lab.nodes.figure import write_figure
 from lab.nodes.link import Network
 from lab.nodes.main import _parser, costs_over, row, settings_of, table
 from lab.nodes.namespaces import Node
@@ -53,7 +55,8 @@ def options(*words: str) -> tuple[str, ...]:
 
 def test_links_between_nodes_are_slow_and_those_within_are_not() -> None:
     parsed = _parser().parse_args(options("--nodes", "2", "--stages-per-node", "2"))
-    costs = costs_over(settings_of(parsed, ["--bf16"]), 2, delay_s=0.02, bits_per_s=8e6)
+    rounded = settings_of(parsed, ["--paci-transfer-dtype", "bf16"])
+    costs = costs_over(rounded, 2, delay_s=0.02, bits_per_s=8e6)
     assert costs.latencies_s == (0, 0.02, 0) and costs.handshakes
     assert costs.bandwidth_bytes_per_s == (math.inf, 1e6, math.inf)
     assert costs.message_bytes == 32 * 1 * 32 * 2, "a sequence of 32 and hidden size 32 in bf16"
@@ -74,6 +77,13 @@ def test_a_row_stands_beside_its_prediction_with_what_auto_chose() -> None:
     assert "paci:auto" in table(rows) and "2.50x" in table(rows)
     slower, slowest = (rows[1] | {"ms_per_iteration": ms} for ms in (450.0, 999.0))
     assert "2.00x" in table([*rows, slowest, slower]), "of three the one in the middle"
+
+
+def test_the_figure_has_a_line_for_each_schedule(tmp_path: Path) -> None:
+    one = {"ms_per_iteration": 360.0, "predicted_ms": 350.0}
+    rows = [{**one, "schedule": name, "delay_ms": delay} for name in ("1f1b", "paci") for delay in (20.0, 0.0)]
+    write_figure(rows, tmp_path / "nodes.png")
+    assert (tmp_path / "nodes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_torchrun_is_told_the_addresses_of_the_nodes_and_which_one_serves_the_rendezvous() -> None:
