@@ -20,7 +20,11 @@ def measured_stages(path: Path, microbatches_per_update: int, update_ms: float) 
     """The stages' costs from the drains of a run, as far as its meters know them: each stage's computing time, of which a
     third is taken as forward. The first drain is left out if there are more: the stretch before it contains the start.
     """
-    drains = [event["stages"] for event in read_metrics(path) if event.get("event") == "drain"]
+    events = read_metrics(path)
+    runs = [event for event in events if event.get("event") == "run"]
+    folded = any(run.get("schedule") == "paci-v" and not run["emulated"] for run in runs)
+    require(not folded, f"--metrics {path}: of paci-v, where two stages share a process's time; give a run of paci or 1f1b")
+    drains = [event["stages"] for event in events if event.get("event") == "drain"]
     require(bool(drains), f"--metrics {path}: no drain event; stage times are written at drains, so let the run reach one")
     costs = []
     for stage, reports in enumerate(zip(*(drains[1:] or drains), strict=True)):

@@ -228,6 +228,10 @@ def test_metrics_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
         measured_stages(metrics(tmp_path / "none.jsonl", []), 4, 0)
     with pytest.raises(UsageError, match=r"--update-ms 600: stage 0 of .* computes 500 ms in all; give less"):
         measured_stages(metrics(tmp_path / "short.jsonl", [[report(0, 2, 2.0, 0.5)]]), 4, 600)
+    of_a_v = metrics(tmp_path / "v.jsonl", [[report(0, 2, 2.0, 0.5)]])
+    of_a_v.write_text('{"event": "run", "schedule": "paci-v", "emulated": false}\n' + of_a_v.read_text())
+    with pytest.raises(UsageError, match="of paci-v, where two stages share a process's time"):
+        measured_stages(of_a_v, 4, 0)
     with pytest.raises(UsageError, match="no update between drains on stage 0"):
         measured_stages(metrics(tmp_path / "empty.jsonl", [[report(0, 0, 2.0, 0.5)]]), 4, 0)
 
