@@ -122,16 +122,16 @@ def _replace(owner: object, **replacements: Callable[..., Any]) -> None:
 def _suppress_records() -> None:
     """Let PACI's stages tell each other nothing."""
     from paci_megatron.runtime.control import Record
-    from paci_megatron.runtime.links import P2PLink
+    from paci_megatron.runtime.links import StageLink
 
-    def receive(link: P2PLink) -> Record:
+    def receive(link: StageLink) -> Record:
         return Record()
 
-    def nothing(link: P2PLink, record: Record | None = None) -> None:
+    def nothing(link: StageLink, record: Record | None = None) -> None:
         pass
 
-    _replace(P2PLink, receive_report=receive, receive_total=receive, send_report=nothing, send_total=nothing)
-    _replace(P2PLink, post_receive_report=nothing, post_receive_total=nothing)
+    _replace(StageLink, receive_report=receive, receive_total=receive, send_report=nothing, send_total=nothing)
+    _replace(StageLink, post_receive_report=nothing, post_receive_total=nothing)
 
 
 @contextlib.contextmanager

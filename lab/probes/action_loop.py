@@ -20,49 +20,26 @@ import torch
 import paci_megatron
 import pretrain_gpt_paci
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.hand_over import HandOver, LocalRecords
 from paci_megatron.runtime.link_times import LinkTimes
-from paci_megatron.schedule import Action
+from paci_megatron.runtime.links import Neighbour, StageLink
 from paci_megatron.schedule.plan import Plan
 
 
-class _AloneLink:
-    """A first stage's link to a second one that has every gradient ready, and takes no time."""
+class _Ready(HandOver):
+    """A direction that has the same thing ready whenever it is asked, and lets go of what is sent."""
 
-    def __init__(self, gradient: torch.Tensor) -> None:
-        self._gradient = gradient
+    def __init__(self, received: Any) -> None:
+        super().__init__()
+        self._received = received
 
-    def has_input(self, action: Action) -> bool:
+    def send(self, sent: Any) -> None: ...
+
+    def has_arrived(self) -> bool:
         return True
 
-    def post_receive_forward(self, microbatch: int) -> None: ...
-
-    def receive_forward(self, microbatch: int) -> torch.Tensor | None:
-        return None
-
-    def send_forward(self, microbatch: int, activation: torch.Tensor) -> None: ...
-
-    def post_receive_backward(self, microbatch: int) -> None: ...
-
-    def receive_backward(self, microbatch: int) -> torch.Tensor | None:
-        return self._gradient
-
-    def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None: ...
-
-    def post_receive_report(self) -> None: ...
-
-    def receive_report(self) -> Record:
-        return Record()
-
-    def send_report(self, record: Record) -> None: ...
-
-    def post_receive_total(self) -> None: ...
-
-    def receive_total(self) -> Record | None:
-        return None
-
-    def send_total(self, record: Record) -> None: ...
-
-    def drain(self) -> None: ...
+    def receive(self) -> Any:
+        return self._received
 
 
 class _Alone:
@@ -71,9 +48,10 @@ class _Alone:
     receives_hold_device = False
 
     def __init__(self, gradient: torch.Tensor) -> None:
-        self._link = _AloneLink(gradient)
+        tensors, records = _Ready(gradient), _Ready(Record())
+        self._link = StageLink(None, Neighbour(tensors, tensors, LocalRecords(records, records)))
 
-    def link(self, stage_index: int, plan: Plan) -> _AloneLink:
+    def link(self, stage_index: int, plan: Plan) -> StageLink:
         return self._link
 
     def tied_exchange(self, stage_index: int, record_lag: int) -> None:

@@ -177,8 +177,11 @@ class Run:
             return
         for microbatch in range(num_microbatches):
             for position, stage in enumerate(self.stages):
-                for kind in (Kind.FORWARD,) if stage.is_last else (Kind.FORWARD, Kind.SEND_FORWARD):
-                    yield position, Action(kind, microbatch)
+                if not stage.is_first:
+                    yield position, Action(Kind.RECV_FORWARD, microbatch)
+                yield position, Action(Kind.FORWARD, microbatch)
+                if not stage.is_last:
+                    yield position, Action(Kind.SEND_FORWARD, microbatch)
 
     def run_iteration(self, forward_step_func: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
         """Perform the plan up to the next update; returns the losses of its window (empty but on the last stage)."""

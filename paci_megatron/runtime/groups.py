@@ -16,7 +16,8 @@ from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.schedules import sends_in_flight
 
 from .control import Record
-from .emulate import HandOver, InProcessExchange, LocalRecords
+from .emulate import WAYS, HandedOver, InProcessExchange, local_neighbour
+from .hand_over import HandOver
 from .link_times import LinkTimes, measure
 from .links import (
     DirectIncoming,
@@ -26,8 +27,8 @@ from .links import (
     Incoming,
     Neighbour,
     Outgoing,
-    P2PLink,
     RemoteRecords,
+    StageLink,
     TensorPair,
 )
 from .tied_embeddings import TensorExchange
@@ -150,9 +151,9 @@ class ProcessTransport:
         self._make_group = make_group
         self._directions = self._create(record_lag)
         use_once(list(self._directions.values()), self._ranks.index, torch.device("cpu") if through_host else device)
-        self._handed_over: dict[tuple[str, int], HandOver] = defaultdict(HandOver)  # by what and link
+        self._handed_over: HandedOver = defaultdict(HandOver)
         # By stage, with the slack and record lag that they are made for.
-        self._neighbours: dict[int, tuple[tuple[int, ...], int, P2PLink]] = {}
+        self._neighbours: dict[int, tuple[tuple[int, ...], int, StageLink]] = {}
         self._pair: tuple[int, tuple[TensorExchange, TensorExchange]] | None = None  # and the record lag
 
     def _chunk(self, stage: int) -> int:
@@ -182,24 +183,21 @@ class ProcessTransport:
         """Of a link's direction; two ranks that are neighbours twice have groups for each time."""
         return f"PACI_{what}" + ("_2" if self._chunk(link) else "")
 
-    def link(self, stage_index: int, plan: Plan) -> P2PLink:
+    def link(self, stage_index: int, plan: Plan) -> StageLink:
         """See :class:`~.links.Transport`. Its buffers serve all plans of the same slack and record lag."""
         made = self._neighbours.get(stage_index)
         if made is None or made[:2] != (plan.slack, plan.record_lag):
             previous = self._neighbour(stage_index, stage_index - 1, plan) if stage_index > 0 else None
             following = self._neighbour(stage_index, stage_index + 1, plan) if stage_index < len(self._ranks) - 1 else None
-            made = self._neighbours[stage_index] = plan.slack, plan.record_lag, P2PLink(previous, following)
+            made = self._neighbours[stage_index] = plan.slack, plan.record_lag, StageLink(previous, following)
         return made[2]
 
     def _neighbour(self, here: int, there: int, plan: Plan) -> Neighbour:
         """Stage ``there`` as stage ``here``, next to it, sees it."""
         link, rank = min(here, there), self._ranks[there]
-        ways = (("ACTIVATIONS", "TOTALS"), ("GRADIENTS", "REPORTS"))  # to the later stage, and to the earlier
-        (sent, told), (received, heard) = ways if here < there else reversed(ways)
         if rank == self._here:
-            handed = self._handed_over
-            records = LocalRecords(handed[told, link], handed[heard, link])
-            return Neighbour(handed[sent, link], handed[received, link], records)
+            return local_neighbour(self._handed_over, here, there)
+        (sent, _), (received, _) = WAYS if here < there else reversed(WAYS)
         ring = plan.most_received(here, Kind.RECV_BACKWARD if here < there else Kind.RECV_FORWARD)
         return Neighbour(
             self._outgoing(self._name(sent, link), rank, sends_in_flight(link, plan.slack)),

@@ -10,42 +10,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from paci_megatron.schedule import Action
+from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.plan import Plan
 
-from .control import Record, RecordLink
+from .control import Record
 from .device import HostCopy, host_buffer
-from .emulate import LocalRecords
+from .hand_over import LocalRecords
 from .link_times import LinkTimes
 from .tied_embeddings import TensorExchange
-
-
-class StageLink(RecordLink, Protocol):
-    """A stage's transfers, and its records. Activations and gradients are (sequence, micro-batch size, hidden)."""
-
-    def has_input(self, action: Action) -> bool:
-        """Whether ``action`` can be performed now, if need be by waiting; False only if waiting would be for ever."""
-
-    def post_receive_forward(self, microbatch: int) -> None:
-        """Get ready for an activation from the previous stage; returns at once."""
-
-    def receive_forward(self, microbatch: int) -> torch.Tensor | None:
-        """Wait for the activation posted earliest; None on the first stage."""
-
-    def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
-        """Send an activation to the next stage; returns at once."""
-
-    def post_receive_backward(self, microbatch: int) -> None:
-        """Get ready for a gradient from the next stage; returns at once."""
-
-    def receive_backward(self, microbatch: int) -> torch.Tensor | None:
-        """Wait for the gradient posted earliest; None on the last stage."""
-
-    def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
-        """Send a gradient to the previous stage; returns at once."""
-
-    def drain(self) -> None:
-        """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
 
 
 class Transport(Protocol):
@@ -88,6 +60,9 @@ class Incoming(Protocol):
 
     def post(self) -> None:
         """Get ready for one more tensor; returns at once."""
+
+    def has_arrived(self) -> bool:
+        """Whether :meth:`receive` can return, if need be by waiting; False only if waiting would be for ever."""
 
     def receive(self) -> torch.Tensor:
         """Wait for the tensor posted earliest and not yet received."""
@@ -167,6 +142,10 @@ class DirectIncoming:
         """See :class:`Incoming`."""
         buffer = self._buffer()
         self._posted.append((buffer, dist.irecv(buffer, src=self._peer, group=self._group)))
+
+    def has_arrived(self) -> bool:
+        """See :class:`Incoming`."""
+        return True
 
     def receive(self) -> torch.Tensor:
         """See :class:`Incoming`. The tensor may be used until ``ring`` more have been posted."""
@@ -279,6 +258,10 @@ class RemoteRecords:
         tensor = torch.empty(len(Record._fields), dtype=torch.float64)
         self._posted.append((tensor, dist.irecv(tensor, src=self._peer, group=self._group, tag=self._tag)))
 
+    def has_arrived(self) -> bool:
+        """See :class:`Incoming`."""
+        return True
+
     def receive(self) -> Record:
         """Wait for the record posted earliest."""
         tensor, work = self._posted.popleft()
@@ -303,10 +286,11 @@ class Neighbour:
     records: RemoteRecords | LocalRecords
 
 
-class P2PLink:
-    """Transfers to and from the neighbours, each direction to a stage in another process on a process group of its own.
+class StageLink:
+    """A stage's transfers, and its records. Activations and gradients are (sequence, micro-batch size, hidden).
 
-    Receives are posted ahead and sends not waited for. So no transfer queues behind one of another pair or direction: see
+    Each direction to a stage in another process has a process group of its own, receives are posted ahead and sends not
+    waited for. So no transfer queues behind one of another pair or direction: see
     docs/how-it-works.md, Transfers.
     """
 
@@ -317,68 +301,78 @@ class P2PLink:
         self._gradients = _Posted(following.incoming) if following is not None else None
 
     def has_input(self, action: Action) -> bool:
-        """See :class:`StageLink`."""
+        """Whether ``action`` can be performed now, if need be by waiting; False only if waiting would be for ever."""
+        before, after = self._previous, self._following
+        match action.kind:
+            case Kind.FORWARD:
+                return before is None or before.incoming.has_arrived()
+            case Kind.BACKWARD:
+                return after is None or after.incoming.has_arrived()
+            case Kind.REPORT:
+                return after is None or after.records.has_arrived()
+            case Kind.TOTAL:
+                return before is None or before.records.has_arrived()
         return True
 
     def post_receive_forward(self, microbatch: int) -> None:
-        """See :class:`StageLink`."""
+        """Get ready for an activation from the previous stage; returns at once."""
         assert self._activations is not None
         self._activations.post(microbatch)
 
     def receive_forward(self, microbatch: int) -> torch.Tensor | None:
-        """See :class:`StageLink`."""
+        """Wait for the activation posted earliest; None on the first stage."""
         return None if self._activations is None else self._activations.receive(microbatch)
 
     def send_forward(self, microbatch: int, activation: torch.Tensor) -> None:
-        """See :class:`StageLink`."""
+        """Send an activation to the next stage; returns at once."""
         assert self._following is not None
         # An alias: the schedule may empty the tensor itself (deallocate_pipeline_outputs) while it is under way.
         self._following.outgoing.send(activation.detach())
 
     def post_receive_backward(self, microbatch: int) -> None:
-        """See :class:`StageLink`."""
+        """Get ready for a gradient from the next stage; returns at once."""
         assert self._gradients is not None
         self._gradients.post(microbatch)
 
     def receive_backward(self, microbatch: int) -> torch.Tensor | None:
-        """See :class:`StageLink`."""
+        """Wait for the gradient posted earliest; None on the last stage."""
         return None if self._gradients is None else self._gradients.receive(microbatch)
 
     def send_backward(self, microbatch: int, gradient: torch.Tensor) -> None:
-        """See :class:`StageLink`."""
+        """Send a gradient to the previous stage; returns at once."""
         assert self._previous is not None
         self._previous.outgoing.send(gradient.detach())
 
     def post_receive_report(self) -> None:
-        """See :class:`StageLink`."""
+        """Get ready for one more report; returns at once."""
         if self._following is not None:
             self._following.records.post()
 
     def receive_report(self) -> Record:
-        """See :class:`StageLink`."""
+        """The next stage's report; an empty one on the last stage."""
         return Record() if self._following is None else self._following.records.receive()
 
     def send_report(self, record: Record) -> None:
-        """See :class:`StageLink`."""
+        """To the previous stage; nothing on the first."""
         if self._previous is not None:
             self._previous.records.send(record)
 
     def post_receive_total(self) -> None:
-        """See :class:`StageLink`."""
+        """Get ready for one more total; returns at once."""
         if self._previous is not None:
             self._previous.records.post()
 
     def receive_total(self) -> Record | None:
-        """See :class:`StageLink`."""
+        """The total from the previous stage; None on the first."""
         return None if self._previous is None else self._previous.records.receive()
 
     def send_total(self, record: Record) -> None:
-        """See :class:`StageLink`."""
+        """To the next stage; nothing on the last."""
         if self._following is not None:
             self._following.records.send(record)
 
     def drain(self) -> None:
-        """See :class:`StageLink`."""
+        """Wait until everything sent has been received; ``RuntimeError`` if a receive is still posted."""
         for posted in (self._activations, self._gradients):
             if posted is not None:
                 posted.drain()

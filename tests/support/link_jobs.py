@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import paci_megatron
-from paci_megatron.runtime.links import P2PLink
+from paci_megatron.runtime.links import StageLink
 from paci_megatron.schedule import Kind
 from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.schedules import even_slack
@@ -100,7 +100,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         pair.drain()
 
 
-def _run_plan(result: LinkResult, link: P2PLink, device: torch.device, plan: Plan) -> None:
+def _run_plan(result: LinkResult, link: StageLink, device: torch.device, plan: Plan) -> None:
     """The transfers of this stage's plan, up to a drain. Each tensor is the micro-batch's number, gradients negative."""
 
     for action in plan.actions(dist.get_rank()):

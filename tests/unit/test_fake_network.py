@@ -13,7 +13,7 @@ from paci_megatron.runtime import links
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.emulate import InProcessTransport
 from paci_megatron.runtime.link_times import LinkTimes
-from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, P2PLink, RemoteRecords, TensorPair
+from paci_megatron.runtime.links import DirectIncoming, DirectOutgoing, Neighbour, RemoteRecords, StageLink, TensorPair
 from paci_megatron.runtime.turns import run_to_update
 from paci_megatron.schedule.plan import Plan
 from paci_megatron.schedule.schedules import even_slack, lead_of_previous, sends_in_flight
@@ -34,7 +34,7 @@ class Network:
     def __init__(self, stage: int, incoming: Incoming) -> None:
         self._stage, self._incoming = stage, incoming
 
-    def link(self, stage_index: int, plan: Plan) -> P2PLink:
+    def link(self, stage_index: int, plan: Plan) -> StageLink:
         here = self._stage
         held = plan.max_in_flight(here) + lead_of_previous(here, plan.slack)
         records: Any = "records"
@@ -47,7 +47,7 @@ class Network:
             told = RemoteRecords(records, there, tag=0, hold=plan.record_lag + 1)
             return Neighbour(DirectOutgoing(out, there, hold), self._receives(there, ring, SHAPE), told)
 
-        return P2PLink(neighbour(here - 1, held), neighbour(here + 1, 1))
+        return StageLink(neighbour(here - 1, held), neighbour(here + 1, 1))
 
     def link_times(self) -> dict[int, LinkTimes]:
         return {}
