@@ -68,6 +68,7 @@ def _exchange(result: LinkResult, link: str, device: torch.device) -> None:
         exit_signal_handler=False,
         exit_duration_in_mins=None,
         paci_fallback=0,
+        paci_transfer_dtype="model",
     )
     stage_index, weight = dist.get_rank(), torch.nn.Parameter(torch.empty(TIED_SHAPE, device=device))
     weight.main_grad = weight.detach()  # type: ignore[attr-defined]  # as Megatron does
