@@ -182,3 +182,25 @@ def test_pending_transfers_never_hold_a_quarter_of_the_multiprocessors(
             worst = max(worst, sum(pending.values()))
     assert 4 * worst <= 132 / 4 + 8 * extra
     assert 32 * worst > 0.9 * 132
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_processes_of_a_v_have_a_group_for_each_link_and_way_and_none_for_an_embedding_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    asked: list[Wanted] = []
+
+    def create_groups(wanted: Sequence[Wanted], make: Any) -> list[Any]:
+        asked.extend(wanted)
+        return list(wanted)
+
+    monkeypatch.setattr(runtime_groups, "create_groups", create_groups)
+    monkeypatch.setattr(runtime_groups, "use_once", lambda directions, place, device: None)
+    monkeypatch.setattr(runtime_groups.dist, "get_rank", lambda: rank)
+    ranks, tied = [2, 1, 0, 0, 1, 2], torch.zeros(1) if rank == 2 else None
+    transport = ProcessTransport(ranks, (1,), torch.float32, torch.device("cpu"), 3, over_nccl=True, tied=tied)
+    neighbours = 1 if rank in (0, 2) else 2
+    assert len(asked) == len(set(asked)) == 1 + 4 * neighbours
+    assert asked[0] == Wanted("PACI_RECORDS", (0, 1, 2), "gloo")
+    exchanges = [transport.tied_exchange(stage, record_lag=3) for stage in range(6)]
+    assert [exchange is not None for exchange in exchanges] == [rank == 2, *[False] * 4, rank == 2]
