@@ -11,7 +11,7 @@ from .costs import Costs
 
 FLUSH_ALL_REDUCES = 5
 """Over all stages, one after the other, in each of Megatron's iterations: whether to run it again, the gradient norm,
-whether all stages may step, the largest norm, the most zeros."""
+whether all stages may step, the largest norm, the learning rate."""
 
 
 class Line:
@@ -120,12 +120,10 @@ class Meeting:
 
 
 def _all_reduce_s(latencies_s: Sequence[float]) -> float:
-    """gloo's, of a few numbers: 2(N-1) messages one after the other round a ring that the longest way closes. All begin at
-    once, so the first waits until its sender knows of the receive.
-    """
+    """gloo's, of a number: 2(N-1) messages one after the other round a ring that the longest way closes."""
     ring = [*latencies_s, sum(latencies_s)]
     steps = 2 * len(latencies_s)
-    return max(ring) + max(sum(ring[(start + step) % len(ring)] for step in range(steps)) for start in range(len(ring)))
+    return max(sum(ring[(start + step) % len(ring)] for step in range(steps)) for start in range(len(ring)))
 
 
 MESSAGES = (Kind.RECV_FORWARD, Kind.SEND_FORWARD, Kind.RECV_BACKWARD, Kind.SEND_BACKWARD)
