@@ -98,7 +98,7 @@ class Analysis:
             (other, result.events)
             for other, results in self.by_arm.items()
             if (other.batch_size, other.microbatches_per_update) == (arm.batch_size, arm.microbatches_per_update)
-            and (other.recompute, other.optimizer) == (arm.recompute, arm.optimizer)
+            and (other.recompute, other.optimizer, other.bf16) == (arm.recompute, arm.optimizer, arm.bf16)
             for result in results
         ]
         return timing.seconds_per_microbatch(same)
@@ -116,14 +116,15 @@ class Analysis:
             [[st.Point(e[1], e[0] / period * period_s, e[3]) for e in run.evaluations()] for run in self.by_arm[arm]]
         )
 
-    def reference(self, batch_size: int, lr_factor: float = 1.0, optimizer: str = "adam", beta1: float = 0.9) -> Arm | None:
-        """The flush arm of this batch, learning rate and optimizer with the most seeds, the first of equals."""
+    def reference(self, arm: Arm) -> Arm | None:
+        """The flush arm of ``arm``'s batch, rate, optimizer and precision with the most seeds, the first of equals."""
+        setting = {name: getattr(arm, name) for name in ("batch_size", "lr_factor", "optimizer", "beta1", "bf16")}
         flush = [
-            arm
-            for arm in self.arms
-            if arm.is_flush
-            and (arm.batch_size, arm.lr_factor, arm.optimizer, arm.beta1) == (batch_size, lr_factor, optimizer, beta1)
-            and dataclasses.replace(arm, lr_factor=1.0, optimizer="adam", beta1=0.9).is_plain
+            other
+            for other in self.arms
+            if other.is_flush
+            and dataclasses.replace(other, **setting) == other
+            and dataclasses.replace(other, lr_factor=1.0, optimizer="adam", beta1=0.9, bf16=False).is_plain
         ]
         return max(flush, key=lambda arm: len(self.by_arm[arm]), default=None)
 
@@ -137,7 +138,7 @@ class Analysis:
         trained = next((a for a in self.arms if a.name == arm.name), None)
         if not self.study.is_emulated:
             return self.curve(trained) if trained else None
-        reference = self.reference(batch_size)
+        reference = self.reference(arm)
         if reference is None or self.stage_seconds(arm) is None:
             return None
         return self.curve(reference, seconds_of=arm)
@@ -182,7 +183,7 @@ class Analysis:
 
     def _against_flush(self, arm: Arm) -> dict[str, Any] | None:
         """The difference to flush at the same batch and rate."""
-        reference = self.reference(arm.batch_size, arm.lr_factor, arm.optimizer, arm.beta1)
+        reference = self.reference(arm)
         if reference is None or reference is arm:
             return None
         difference = self.difference(arm, reference)
@@ -204,8 +205,9 @@ class Analysis:
         """For each batch and perplexity: seconds of every arm, and PACI's speed-ups."""
         rows: list[dict[str, Any]] = []
         for batch_size in self.batch_sizes:
-            reference, arms = self.reference(batch_size), self.main_paci(batch_size)
-            if reference is None or not arms:
+            arms = self.main_paci(batch_size)
+            reference = self.reference(arms[0]) if arms else None
+            if reference is None:
                 continue
             curves = {arm: self.curve(arm) for arm in arms}
             flush = {count: self.flush_curve(batch_size, count) for count in self.counts(batch_size)}

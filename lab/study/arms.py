@@ -27,6 +27,8 @@ class Arm:
     beta1: float = 0.9
     start_fraction: float = 0.0  # of the updates, which flush before PACI begins
     weight_policy: str = "latest"
+    bf16: bool = False
+    look_ahead: bool = False
     is_extra: bool = False
     max_seeds: int | None = None
 
@@ -44,7 +46,7 @@ class Arm:
     def is_plain(self) -> bool:
         """Whether nothing but the schedule and the batch distinguishes it."""
         return (
-            not (self.clip_grad or self.recompute or self.start_fraction)
+            not (self.clip_grad or self.recompute or self.start_fraction or self.bf16)
             and (self.optimizer, self.lr_factor, self.beta1) == ("adam", 1, 0.9)
             and self.weight_policy == "latest"
         )
@@ -58,7 +60,8 @@ class Arm:
         parts += [f"lr{self.lr_factor:g}"] * (self.lr_factor != 1)
         parts += [f"beta{self.beta1:g}"] * (self.beta1 != 0.9)
         parts += [f"start{self.start_fraction:.0%}".rstrip("%")] * bool(self.start_fraction)
-        return "-".join(parts + [self.weight_policy] * (self.weight_policy != "latest"))
+        parts += [self.weight_policy] * (self.weight_policy != "latest")
+        return "-".join(parts + ["bf16"] * self.bf16 + ["ahead"] * self.look_ahead)
 
     @property
     def title(self) -> str:
@@ -170,8 +173,9 @@ _SMALL: dict[str, Any] = {
 
 def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
     """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate, also
-    flushing at first. One seed each.
+    flushing at first, and in bf16 with a look-ahead. One seed each.
     """
+    twice_in_bf16 = Arm("paci", 4, larger_batch_size, lr_factor=2.0, bf16=True, is_extra=True, max_seeds=1)
     return (
         *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
         Arm("1f1b", 4, batch_size, 1.0, is_extra=True, max_seeds=1),
@@ -180,6 +184,11 @@ def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
         Arm("1f1b", 4, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1),
         *(Arm("paci", a, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1) for a in (4, 8, 16)),
         Arm("paci", 4, larger_batch_size, lr_factor=2.0, start_fraction=0.25, is_extra=True, max_seeds=1),
+        dataclasses.replace(twice_in_bf16, schedule="1f1b"),
+        twice_in_bf16,
+        dataclasses.replace(twice_in_bf16, look_ahead=True),
+        dataclasses.replace(twice_in_bf16, start_fraction=0.25),
+        dataclasses.replace(twice_in_bf16, look_ahead=True, start_fraction=0.25),
     )
 
 
@@ -203,10 +212,11 @@ def _small() -> Study:
 def _best() -> Study:
     """Each schedule at its own best peak rate: factors of the small study's, around the best first, for AdamW and Muon.
 
-    Muon's update has Adam's size for each element (Megatron's ``--muon-scale-mode spectral``), so its rates are alike.
+    Muon's update has Adam's size for each element (Megatron's ``--muon-scale-mode spectral``), so its rates are alike. In so
+    few updates the best rates are far above the small study's: the factors go on until each schedule loses again.
     """
-    rates = (8.0, 4.0, 16.0, 2.0, 32.0, 1.0, 0.5)
-    muon = tuple(Arm(schedule, 4, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5] for schedule in ("1f1b", "paci"))
+    rates = (8.0, 4.0, 16.0, 2.0, 32.0, 64.0, 128.0, 1.0, 0.5)
+    muon = tuple(Arm(schedule, 4, 32, lr_factor=lr, optimizer="muon") for lr in rates[:7] for schedule in ("1f1b", "paci"))
     beta1 = tuple(Arm(schedule, 4, 32, lr_factor=2.0, beta1=b) for b in (0.95, 0.98) for schedule in ("1f1b", "paci"))
     arms = (
         *(Arm(schedule, 4, 32, lr_factor=lr) for lr in rates for schedule in ("1f1b", "paci")),
@@ -214,10 +224,13 @@ def _best() -> Study:
         *muon,
         *beta1,
         *(Arm("paci", 16, 32, lr_factor=lr) for lr in rates),
-        *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon") for lr in rates[:5]),
+        *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon") for lr in rates[:7]),
         # At a rate where PACI loses much: is it the delay or the inconsistency, and does it help to flush at first?
         Arm("paci", 4, 32, lr_factor=8.0, weight_policy="stash"),
         Arm("paci", 4, 32, lr_factor=8.0, start_fraction=0.25),
+        *(Arm(schedule, 4, 32, lr_factor=lr, bf16=True) for lr in rates[:7] for schedule in ("1f1b", "paci")),
+        *(Arm("paci", a, 32, lr_factor=lr, bf16=True, look_ahead=True) for lr in rates[:7] for a in (4, 8)),
+        Arm("paci", 4, 32, lr_factor=8.0, bf16=True, look_ahead=True, start_fraction=0.25),
     )
     arms = tuple(dataclasses.replace(arm, is_extra=True) for arm in arms)
     return dataclasses.replace(_small(), name="best", tokens=327_680, arms=arms)

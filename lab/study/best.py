@@ -24,9 +24,9 @@ def best_rows(analysis: Analysis) -> list[dict[str, Any]]:
     several = {group: arms for group, arms in groups.items() if len(arms) > 1}
     best = {group: min(arms, key=lambda arm: _loss(analysis, arm, arms)) for group, arms in several.items()}
     rows = []
-    for group in sorted(several, key=lambda g: (g.optimizer, g.is_flush is False, g.microbatches_per_update)):
-        same = (group.batch_size, group.optimizer, group.beta1)
-        flush = next((best[g] for g in best if g.is_flush and (g.batch_size, g.optimizer, g.beta1) == same), None)
+    for group in sorted(several, key=lambda g: (g.optimizer, g.bf16, g.is_flush is False, g.microbatches_per_update)):
+        same = (group.batch_size, group.optimizer, group.beta1, group.bf16)
+        flush = next((best[g] for g in best if g.is_flush and (g.batch_size, g.optimizer, g.beta1, g.bf16) == same), None)
         rows.append(_row(analysis, group, several[group], best[group], flush))
     return rows
 

@@ -147,6 +147,10 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
         flags["paci-start-iteration"] = round(arm.start_fraction * iterations)
     if arm.weight_policy != "latest":
         flags["paci-weight-policy"] = arm.weight_policy
+    if arm.bf16:
+        flags["bf16"] = None
+    if arm.look_ahead:
+        flags["paci-look-ahead"] = None
     if arm.recompute:
         flags |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
     return flags

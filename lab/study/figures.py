@@ -59,7 +59,7 @@ def _loss_by_tokens(analysis: Analysis, report: dict[str, Any]) -> Any:
     """Validation loss of the main arms, mean over seeds, with the end enlarged."""
     figure, axes = _panels(analysis)
     for axis, batch_size in zip(axes, analysis.batch_sizes, strict=True):
-        reference = analysis.reference(batch_size)
+        reference = analysis.reference(Arm("1f1b", 1, batch_size))
         arms = [*([reference] if reference else []), *analysis.main_paci(batch_size)]
         inset = axis.inset_axes((0.5, 0.48, 0.47, 0.4))
         for arm in arms:

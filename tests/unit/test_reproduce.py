@@ -74,9 +74,12 @@ def test_all_arms_evaluate_and_drain_at_the_same_tokens(name: str) -> None:
             assert int(flags[flag]) % int(flags["--log-interval"]) == 0
 
 
+OURS = ("emulate-stages", "weight-policy", "start-iteration", "look-ahead")
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_every_command_parses_in_the_installed_megatron(name: str, megatron_defaults: MegatronDefaults) -> None:
-    ours = {"--paci-emulate-stages", "--pipeline-schedule", "--paci-weight-policy", "--paci-start-iteration"}
+    ours = {"--pipeline-schedule", *(f"--paci-{name}" for name in OURS)}
     launcher = {"--standalone", "--nproc-per-node"}
     study = SETS[name]()
     for arm in study.arms:
@@ -266,8 +269,10 @@ def test_computed_speedups_of_equal_curves_are_those_of_the_schedules(analysis: 
 def test_each_schedule_is_reported_at_its_own_best_rate() -> None:
     arms = [Arm(schedule, 2, 4, lr_factor=factor) for schedule in ("1f1b", "paci") for factor in (1.0, 2.0, 4.0)]
     muon = [dataclasses.replace(arm, optimizer="muon") for arm in arms if arm.lr_factor == 1]
-    final = dict(zip([*arms, *muon], [3.1, 3.0, 3.2, 3.3, 3.4, 3.5, 2.0, 2.1], strict=True))
-    study = study_of((*arms, *muon), (1, 2))
+    bf16 = [dataclasses.replace(arm, bf16=True) for arm in arms if arm.lr_factor == 1]
+    ahead = dataclasses.replace(bf16[1], look_ahead=True)
+    final = dict(zip([*arms, *muon, *bf16, ahead], [3.1, 3.0, 3.2, 3.3, 3.4, 3.5, 2.0, 2.1, 2.2, 2.3, 2.25], strict=True))
+    study = study_of(tuple(final), (1, 2))
     results = [
         RunResult(arm, seed, events_of(study, arm, [6.0, 5.0, 4.0, loss], 0.1, 0 if arm.is_flush else 2))
         for arm, loss in final.items()
@@ -279,7 +284,7 @@ def test_each_schedule_is_reported_at_its_own_best_rate() -> None:
                 for stage in event["stages"]:
                     stage["mean_weight_change"] = 0.01 * (3 - stage["stage_index"]) * (not result.arm.is_flush)
     analysis = Analysis(study, results)
-    flush, paci = analysis.as_dict()["best"]  # Muon has one rate only
+    flush, paci = analysis.as_dict()["best"]  # the others have one rate only
     assert (flush["best_lr_factor"], flush["is_at_the_edge"], flush["seeds"]) == (2.0, False, [1, 2])
     assert (paci["best_lr_factor"], paci["is_at_the_edge"], paci["weight_change"]) == (1.0, True, pytest.approx(0.03))
     assert list(paci["perplexity_by_lr_factor"]) == [1.0, 2.0, 4.0]
@@ -287,8 +292,9 @@ def test_each_schedule_is_reported_at_its_own_best_rate() -> None:
     assert paci["against_best_flush"]["perplexity_change"]["mean"] == pytest.approx(math.expm1(0.3))
     # PACI is at exp(3.3) at the end, 4 * 2.3 s; flush, 5 s a period, after 0.7 of its last.
     assert paci["speedup"] == pytest.approx(3.7 * 5.0 / (4 * 2.3), rel=5e-3)
-    muon_row = next(row for row in analysis.arm_rows() if row["arm"] == "paci-b4-a2-muon")
-    assert muon_row["against_flush"]["flush_arm"] == "flush-b4-a2-muon", "an optimizer is held against itself"
+    against = {row["arm"]: row["against_flush"]["flush_arm"] for row in analysis.arm_rows() if row["against_flush"]}
+    assert against["paci-b4-a2-muon"] == "flush-b4-a2-muon", "an optimizer is held against itself"
+    assert against["paci-b4-a2-bf16"] == against["paci-b4-a2-bf16-ahead"] == "flush-b4-a2-bf16", "a precision too"
     assert "| paci-b4-a2 |" in markdown(analysis.as_dict(), [])
 
 
