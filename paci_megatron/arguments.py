@@ -81,6 +81,12 @@ def _add_paci_arguments(group: argparse._ArgumentGroup) -> None:
         "one copy (PipeDream-2BW).",
     )
     group.add_argument(
+        "--paci-look-ahead",
+        action="store_true",
+        help="Forward with about the weights that the backward will meet: the optimizer's main parameters, moved on by the "
+        "stage's drift times Adam's last update. For training in 16 bits, where it needs no copy of the weights.",
+    )
+    group.add_argument(
         "--paci-strict",
         action="store_true",
         help="Refuse the command line where something in it would be switched off under paci.",

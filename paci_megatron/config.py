@@ -56,6 +56,7 @@ class PaciConfig:
     extra: Extra = Extra()
     weight_policy: str = "latest"
     folded: Fold | None = None  # the order of paci-v
+    look_ahead: bool = False
 
     @property
     def emulates(self) -> bool:
@@ -106,6 +107,7 @@ class PaciConfig:
         _check_layout(args)
         _check_packing(args)
         _check_weight_policy(args)
+        _check_look_ahead(args)
         check_in_flight(args)
         extra = extra_of(args)
         return cls(
@@ -118,6 +120,7 @@ class PaciConfig:
             extra=extra,
             weight_policy=args.paci_weight_policy,
             folded=fold_of(args),
+            look_ahead=args.paci_look_ahead and args.pipeline_schedule != "1f1b",
         )
 
 
@@ -265,3 +268,26 @@ def _check_weight_policy(args: argparse.Namespace) -> None:
             f"versions are enough only with at least {needed} micro-batches per update. Raise --global-batch-size "
             f"to {needed * args.micro_batch_size * args.data_parallel_size}."
         )
+
+
+def _check_look_ahead(args: argparse.Namespace) -> None:
+    """``ConfigError`` if ``--paci-look-ahead`` meets what has no main parameters to look ahead from."""
+    if not (args.paci_look_ahead and args.pipeline_schedule != "1f1b"):
+        return
+    if args.optimizer != "adam":
+        raise ConfigError(
+            f"--paci-look-ahead with --optimizer {args.optimizer}: it is Adam's update, from Adam's moments. Use "
+            "--optimizer adam, or remove the flag."
+        )
+    if not (args.bf16 or args.fp16):
+        raise ConfigError(
+            "--paci-look-ahead in fp32: the model's weights are the optimizer's own there, and a look-ahead would need a "
+            "copy of them. Add --bf16, or remove the flag."
+        )
+    for flag, why in (
+        ("use_precision_aware_optimizer", "the optimizer itself then writes the model's weights"),
+        ("reuse_grad_buf_for_mxfp8_param_ag", "new weights are then gathered in the gradients' memory, which it needs"),
+    ):
+        if getattr(args, flag, False):
+            name = f"--{flag.replace('_', '-')}"
+            raise ConfigError(f"--paci-look-ahead with {name}: {why}. Remove one of the two.")

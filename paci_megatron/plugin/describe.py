@@ -24,11 +24,14 @@ def describe(config: PaciConfig, clip_grad: float, microbatches_per_update: int)
     if config.folded is not None:
         peaks = [config.folded.peak(process) / 2 for process in range(config.num_processes)]
         more = f", which is at most {max(peaks):g} on a whole process, where 1F1B-flush has {config.num_processes}"
+    ahead = [f"{plan.mean_drift(stage):g}" for stage in range(num_stages)]
     return [
         f"schedule {config.schedule}: {num_stages} stages{where}, {a} micro-batches per update, drift of at most "
         f"{drift[0]} updates (by stage: {_row(drift)})",
         f"memory: activations of up to {held[0]} micro-batches in flight (by stage: {_row(held)}){more}; "
         f"{_weights(config.weight_policy, drift[0])}",
+        *[f"look-ahead: forwards with the weights expected after so many more updates, by stage: {' '.join(ahead)}"]
+        * config.look_ahead,
         clipping,
         *_choosing(config, a),
     ]

@@ -50,7 +50,7 @@ _ELSEWHERE = ("--yaml-cfg", "--use-checkpoint-args", "-h", "--help")
 
 _ONLY_UNDER_PACI = (
     *("paci_clip_mode", "paci_drain_interval", "paci_start_iteration", "paci_fallback", "paci_transfer_timeout"),
-    *("paci_transfer_ctas", "paci_transfer_dtype", "paci_strict"),
+    *("paci_transfer_ctas", "paci_transfer_dtype", "paci_strict", "paci_look_ahead"),
 )
 
 

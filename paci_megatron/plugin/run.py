@@ -17,6 +17,7 @@ from torch.distributed import get_process_group_ranks
 from paci_megatron.config import PaciConfig
 from paci_megatron.runtime.control import Record
 from paci_megatron.runtime.links import StageLink, Transport
+from paci_megatron.runtime.look_ahead import LookAhead
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.state import UpdateResult
@@ -110,6 +111,8 @@ class Run:
             stage.trace = stage_trace(args, stage.model, stage.stage_index, self._config.num_stages)
             if args.paci_metrics_file:
                 stage.saved = SavedActivations(stage.model.parameters())
+            if self._config.look_ahead:
+                stage.look_ahead = LookAhead(stage.optimizer, stage.model)
         # Megatron's loop logs it in every iteration, and would wait for the device.
         self.loss_scale = torch.tensor(float(optimizer.get_loss_scale()), device="cpu")
         restored = self.restored or {}

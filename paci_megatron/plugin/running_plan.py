@@ -42,10 +42,8 @@ class RunningPlan:
         on_total: Callable[[int, Record], None],
     ) -> None:
         """``loop_optimizer`` is what Megatron's loop holds; ``on_total`` is told the sums over all stages, by update."""
-        self.plan = plan
-        self.begin = begin
-        self.stage = stage
-        self.transport = transport
+        self.plan, self.begin = plan, begin
+        self.stage, self.transport = stage, transport
         self._log_interval: int = args.log_interval
         self._weight_policy = config.weight_policy
         self._watches_loss = bool(args.paci_fallback) and stage.is_last
@@ -77,6 +75,8 @@ class RunningPlan:
             readings=stage.readings,
             tied=_tied(stage, transport, lag),
             after_step=self._after_step,
+            look_ahead=stage.look_ahead,
+            delay=plan.mean_drift(stage.stage_index),
         )
         weights = WeightVersions(tuple(stage.model.parameters()), config.weight_policy, a)
         self._weight_drift = _weight_drift(plan, stage, config)

@@ -13,6 +13,7 @@ import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
 from paci_megatron.runtime.control import Record
+from paci_megatron.runtime.look_ahead import LookAhead
 from paci_megatron.runtime.loss_scale import LossScale
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.readings import Readings
@@ -71,6 +72,7 @@ class Stage:
         self.loss_scale = LossScale(optimizer)
         self.last_total = Record()  # of all stages, of the last update before a drain
         self.max_attention_logit = 0.0  # of the forwards between the last two updates, where Megatron is asked for it
+        self.look_ahead: LookAhead | None = None  # where it is asked for
         self.saved: SavedActivations | None = None  # counts what forwards leave for backwards, while it is wanted
         # The model decides, not the flag: a script may build an untied one of its own.
         shares = getattr(unwrap_model(model), "share_embeddings_and_output_weights", False)

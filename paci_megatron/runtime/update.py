@@ -9,6 +9,7 @@ import torch
 
 from .control import Control, Record
 from .device import HostCopy
+from .look_ahead import LookAhead
 from .state import UpdateResult
 from .steps import OptimizerSteps, is_part_of
 from .tied_embeddings import TiedEmbedding
@@ -42,12 +43,15 @@ class StageUpdate:
         own_figures: Callable[[int], Record] = lambda update: Record(),
         tied: TiedEmbedding | None = None,
         after_step: Callable[[], None] = lambda: None,
+        look_ahead: LookAhead | None = None,
+        delay: float = 0.0,
     ) -> None:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
         the stage (data, tensor, context parallel); ``loop_optimizer`` is the optimizer as the
         training loop holds it, whose ``step`` steps this stage's, with gradients that are ready.
         ``own_figures`` is what the stage tells the others beside an update's gradients. With a per-token loss
-        ``after_step`` is called when an update is over, skipped or not. With a per-token loss
+        ``after_step`` is called when an update is over, skipped or not. ``delay`` is by how many updates ``look_ahead``
+        is to look ahead while the pipeline is full. With a per-token loss
         ``take_num_tokens`` is the window's number of tokens, (1,), None on all but the last stage.
         """
         self._model = model
@@ -63,6 +67,8 @@ class StageUpdate:
         self._readings = readings
         self._tied = tied
         self._after_step = after_step
+        self._look_ahead = look_ahead
+        self._delay = delay
         self._parameters = tuple(model.parameters())
         self._zero_gradients()
 
@@ -111,9 +117,13 @@ class StageUpdate:
         # Micro-batches in flight saved these weights for their backward, which is to use the new ones (paper, section
         # 3); autograd's check against in-place changes would refuse that.
         with torch.autograd._unsafe_preserve_version_counter(self._parameters):
+            if self._look_ahead is not None:
+                self._look_ahead.delay = 0.0 if control.is_drained(update) else self._delay
             for step in self._steps.due(applies, tied_weight, tied_applies):
                 with step:
                     self._loop_optimizer.step()
+            if self._look_ahead is not None and not applies:
+                self._look_ahead.reset()
         # Skipped or not: the stages must agree on the learning rate, and the others may not have skipped.
         self._scheduler.step(increment=self._samples_per_update)
         self._zero_gradients()

@@ -50,6 +50,10 @@ class Plan:
         """The most updates between a micro-batch's forward and its backward at a stage."""
         return max_drift(stage_index, self.num_stages, self.microbatches_per_update, self.slack)
 
+    def mean_drift(self, stage_index: int) -> float:
+        """The mean number of updates between a micro-batch's forward and its backward at a stage, while none drains."""
+        return (self.max_in_flight(stage_index) - 1) / self.microbatches_per_update
+
     def actions(self, stage_index: int) -> Iterator[Action]:
         """What a stage does, in order, without end."""
         if self.folded is not None:

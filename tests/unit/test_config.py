@@ -17,6 +17,8 @@ from paci_megatron.platform.shared_gpu import check_host_link_on_gpu
 from paci_megatron.plugin.options import NUMBERS, check_emulation, check_options, together
 from paci_megatron.schedule.vee import fold
 
+AHEAD = {"paci_look_ahead": True, "bf16": True, "fp16": False}
+
 
 def namespace(**changes: Any) -> argparse.Namespace:
     """Arguments that PACI accepts, with changes."""
@@ -36,6 +38,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         "paci_emulate_stages": None,
         "paci_link": "p2p",
         "paci_weight_policy": "latest",
+        "paci_look_ahead": False,
         "paci_extra_in_flight": "0",
         "paci_memory_budget": None,
         "paci_v_order": "1:2:0",
@@ -68,6 +71,11 @@ def test_an_ordinary_command_line_is_accepted() -> None:
     )
 
 
+def test_a_look_ahead_is_pacis_alone() -> None:
+    assert PaciConfig.from_args(namespace(**AHEAD)).look_ahead
+    assert not PaciConfig.from_args(namespace(**AHEAD, pipeline_schedule="1f1b", paci_emulate_stages=4)).look_ahead
+
+
 def test_all_reasons_come_at_once() -> None:
     def refuse(message: str) -> list[str]:
         raise ConfigError(message)
@@ -89,6 +97,16 @@ def test_all_reasons_come_at_once() -> None:
         (
             {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|t|t|t|t|tL"},
             r"--pipeline-model-parallel-layout E\|t.*2 model chunks.*layout with 4 stages",
+        ),
+        ({**AHEAD, "bf16": False}, r"^--paci-look-ahead in fp32: the model's weights are the optimizer's own.*Add --bf16"),
+        ({**AHEAD, "optimizer": "muon"}, r"^--paci-look-ahead with --optimizer muon: it is Adam's update"),
+        (
+            {**AHEAD, "use_precision_aware_optimizer": True},
+            r"^--paci-look-ahead with --use-precision-aware-optimizer: the optimizer itself then writes",
+        ),
+        (
+            {**AHEAD, "reuse_grad_buf_for_mxfp8_param_ag": True},
+            r"^--paci-look-ahead with --reuse-grad-buf-for-mxfp8-param-ag: new weights are then gathered",
         ),
     ],
 )

@@ -25,6 +25,11 @@ def test_memory_names_the_copies_of_weights_that_there_are(policy: str, weights:
     assert memory == f"memory: activations of up to 4 micro-batches in flight (by stage: 4 3 2 1); {weights}"
 
 
+def test_a_look_ahead_is_by_the_mean_drift() -> None:
+    lines = describe(PaciConfig(4, look_ahead=True), 0.0, microbatches_per_update=4)
+    assert lines[2] == "look-ahead: forwards with the weights expected after so many more updates, by stage: 0.75 0.5 0.25 0"
+
+
 def test_schedule_and_clipping() -> None:
     schedule, memory, clipping = describe(PaciConfig(4, clip_mode="global", slack=(1, 1, 1)), 1.0, 2)
     assert schedule == "schedule paci: 4 stages, 2 micro-batches per update, drift of at most 3 updates (by stage: 3 2 1 0)"

@@ -1,0 +1,85 @@
+"""A look-ahead without a copy of the weights: a forward meets about the weights that its backward will meet."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class LookAhead:
+    """Writes a stage's model weights as the optimizer's main parameters, moved on by ``delay`` times Adam's last update.
+
+    In 16 bits Megatron's optimizer keeps main parameters in fp32 and casts them into the model's after each step. Training
+    goes on from the main ones, so what the model holds may be something else: here, what the main ones are going to be
+    ``delay`` updates later if each is like the last. The update is Adam's lr * m / (sqrt(v) + eps), from the moments as
+    the step leaves them, without weight decay, which is far smaller. While it is cast, the result lies in the gradients'
+    memory, which a step is done with. Parameters without a main one or a gradient are cast as they are.
+    """
+
+    def __init__(self, optimizer: Any, model: Any) -> None:
+        """``optimizer`` is Megatron's, ``model`` its data-parallel wrapper, of a stage."""
+        self.delay = 0.0  # updates; 0 casts as Megatron does
+        self._model = model
+        self._parts = [
+            part
+            for part in getattr(optimizer, "chained_optimizers", [optimizer])
+            if not getattr(part, "is_stub_optimizer", False)
+        ]
+        for part in self._parts:
+            part._copy_main_params_to_model_params = functools.partial(
+                self._cast_ahead, part, part._copy_main_params_to_model_params
+            )
+
+    def reset(self) -> None:
+        """Make the model's weights those of the main parameters, after an update that was skipped."""
+        self.delay = 0.0
+        for part in self._parts:
+            part._copy_main_params_to_model_params()
+        config = self._model.ddp_config
+        if config.use_distributed_optimizer and not config.overlap_param_gather:  # or the next forward gathers, as always
+            self._model.start_param_sync(force_sync=True)
+
+    def _cast_ahead(self, part: Any, cast: Callable[[], None]) -> None:
+        with _moved_on(part, self.delay) if self.delay else contextlib.nullcontext():
+            cast()
+
+
+@contextlib.contextmanager
+def _moved_on(part: Any, delay: float) -> Iterator[None]:
+    """Inside, the optimizer's main parameters are what they would be ``delay`` updates later; their gradients are lost."""
+    groups = getattr(part, "shard_fp32_from_float16_groups", None) or part.fp32_from_float16_groups
+    main = {id(parameter) for group in groups for parameter in group}
+    now = []
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in main and parameter.grad is not None:
+                _write_moved_on(parameter, group, part.optimizer.state[parameter], delay, out=parameter.grad)
+                now.append((parameter, parameter.data))
+    for parameter, _ in now:
+        parameter.data = parameter.grad
+    try:
+        yield
+    finally:
+        for parameter, data in now:
+            parameter.data = data
+
+
+@torch.no_grad()
+def _write_moved_on(
+    parameter: torch.Tensor, group: dict[str, Any], state: dict[str, Any], delay: float, out: torch.Tensor
+) -> None:
+    beta1, beta2 = group["betas"]
+    step = state.get("step", group.get("step"))  # by parameter in PyTorch's Adam, by group in Transformer Engine's
+    size = torch.sqrt(state["exp_avg_sq"], out=out)
+    size.div_(_sqrt(1 - beta2**step)).add_(group["eps"]).mul_(1 - beta1**step)
+    torch.addcdiv(parameter, state["exp_avg"], size, value=-delay * group["lr"], out=out)
+
+
+def _sqrt(value: Any) -> Any:
+    """Of a number, or of a tensor of one wherever that is: nothing here waits for a device."""
+    return value.sqrt() if isinstance(value, torch.Tensor) else math.sqrt(value)
