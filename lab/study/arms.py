@@ -187,8 +187,6 @@ def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
         dataclasses.replace(twice_in_bf16, schedule="1f1b"),
         twice_in_bf16,
         dataclasses.replace(twice_in_bf16, look_ahead=True),
-        dataclasses.replace(twice_in_bf16, start_fraction=0.25),
-        dataclasses.replace(twice_in_bf16, look_ahead=True, start_fraction=0.25),
     )
 
 
@@ -228,9 +226,8 @@ def _best() -> Study:
         # At a rate where PACI loses much: is it the delay or the inconsistency, and does it help to flush at first?
         Arm("paci", 4, 32, lr_factor=8.0, weight_policy="stash"),
         Arm("paci", 4, 32, lr_factor=8.0, start_fraction=0.25),
-        *(Arm(schedule, 4, 32, lr_factor=lr, bf16=True) for lr in rates[:7] for schedule in ("1f1b", "paci")),
-        *(Arm("paci", a, 32, lr_factor=lr, bf16=True, look_ahead=True) for lr in rates[:7] for a in (4, 8)),
-        Arm("paci", 4, 32, lr_factor=8.0, bf16=True, look_ahead=True, start_fraction=0.25),
+        *(Arm(schedule, 4, 32, lr_factor=lr, bf16=True) for lr in (8.0, 32.0) for schedule in ("1f1b", "paci")),
+        *(Arm("paci", 4, 32, lr_factor=lr, bf16=True, look_ahead=True) for lr in (8.0, 32.0)),
     )
     arms = tuple(dataclasses.replace(arm, is_extra=True) for arm in arms)
     return dataclasses.replace(_small(), name="best", tokens=327_680, arms=arms)
