@@ -68,6 +68,27 @@ def test_drain_at_every_update_is_the_flush_of_as_many_stages(
     assert_same(drained, one_process(of_stages(argv)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear"),
+        ("--paci-weight-policy", "stash"),
+        ("--paci-weight-policy", "double-buffer"),
+        ("--bf16", "--paci-look-ahead"),
+        ("--bf16", "--optimizer", "muon"),
+        ("--position-embedding-type", "rope", "--mtp-num-layers", "1"),
+        ("--paci-start-iteration", "3"),
+        ("--recompute-activations",),
+        ("--pipeline-model-parallel-layout", "Et|t|ttt|L", "--num-layers", "5"),
+    ],
+    ids=lambda more: more[0].lstrip("-") if more[0] != "--bf16" else more[1].lstrip("-"),
+)
+def test_other_models_and_options(pool: GetPool, corpus: str, one_process: OneProcess, more: tuple[str, ...]) -> None:
+    argv = [*v_of(corpus, 2, 3, *more), *V]
+    assert_same(pool(2).run("train", argv=argv), one_process(of_stages(argv)))
+
+
 @pytest.mark.parametrize("num_stages", [2])
 def test_a_window_that_is_not_finite(pool: GetPool, corpus: str, one_process: OneProcess, num_stages: int) -> None:
     injection = Injection(stage=2, microbatch=4, factor=math.nan, backward=True)
