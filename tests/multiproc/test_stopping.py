@@ -21,11 +21,11 @@ ITERS = 20
 
 
 def stopped_and_resumed(
-    pool: Pool, corpus: str, folder: Path, num_stages: int, a: int, stop: Terminated, dp: int = 1
+    pool: Pool, corpus: str, folder: Path, num_stages: int, a: int, stop: Terminated, dp: int = 1, schedule: list[str] = PACI
 ) -> None:
     """A run that is terminated and resumed is one that was not, but drained where the other was stopped."""
     keeping = ["--save", str(folder), "--save-interval", "1000", "--override-opt-param-scheduler"]
-    argv = arguments(corpus, num_stages, a, *PACI, "--clip-grad", "0.5", "--exit-signal-handler", iters=ITERS, dp=dp)
+    argv = arguments(corpus, num_stages, a, *schedule, "--clip-grad", "0.5", "--exit-signal-handler", iters=ITERS, dp=dp)
     argv.remove("--untie-embeddings-and-output-weights")
     stopped = pool.run("train", argv=[*argv, *keeping], within=stop)
     assert {result.exit_code for result in stopped} == {0}
@@ -56,6 +56,14 @@ def test_sigterm_saves_and_resumes_bit_for_bit(
     pool: GetPool, corpus: str, tmp_path: Path, num_stages: int, a: int, dp: int, stop: Terminated
 ) -> None:
     stopped_and_resumed(pool(num_stages * dp), corpus, tmp_path, num_stages, a, stop, dp)
+
+
+@pytest.mark.slow
+def test_sigterm_under_paci_v(pool: GetPool, corpus: str, tmp_path: Path) -> None:
+    stop = Terminated(iteration=10, ranks=(0,))
+    stopped_and_resumed(
+        pool(2), corpus, tmp_path, 2, 2, stop, schedule=["--pipeline-schedule", "paci-v", "--num-layers", "4"]
+    )
 
 
 @pytest.mark.slow
