@@ -97,10 +97,8 @@ def test_a_resume_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     assert status != 0 and "a vocabulary of 128 tokens with padding, the command line one of 1024" in line
     status, (line,), _ = train("--global-batch-size", "8", "--pipeline-schedule", "paci")
     assert status != 0 and "--override-opt_param-scheduler" in line and "--use-checkpoint-opt_param-scheduler" in line
-    status, _, output = train()
-    assert status == 0, output[-3000:]
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("")
     status, (line,), output = train()
-    assert status != 0 and line.endswith(f"The last complete one is of iteration 8: to go on from it, echo 8 > {tracker}")
+    assert status != 0 and line.endswith(f"The last complete one is of iteration 4: to go on from it, echo 4 > {tracker}")
     assert "initializ" not in output, "nothing was built"

@@ -98,16 +98,13 @@ def test_a_bad_command_line_gets_one_line_and_no_training() -> None:
 
 
 def test_megatrons_memory_estimate_is_of_one_stage_with_all_its_micro_batches() -> None:
-    command = [
+    status, output = torchrun(
         *("pretrain_gpt_paci.py", *MODEL, "--global-batch-size", "2", "--mock-data", "--train-iters", "2"),
-        *("--paci-emulate-stages", "2", "--use-distributed-optimizer"),
-    ]
-    status, paci = torchrun(*command, "--pipeline-schedule", "paci", processes=1)
-    assert status == 0, paci[-3000:]
-    assert "Number of in-flight microbatches: 2" in paci, "N, with one micro-batch in an update"
-    status, flush = torchrun(*command, processes=1)
-    assert status == 0, flush[-3000:]
-    assert "Number of in-flight microbatches: 1" in flush
+        *("--paci-emulate-stages", "2", "--use-distributed-optimizer", "--pipeline-schedule", "paci"),
+        processes=1,
+    )
+    assert status == 0, output[-3000:]
+    assert "Number of in-flight microbatches: 2" in output, "N, with one micro-batch in an update; a flush has 1"
 
 
 def test_usage_of_the_module() -> None:

@@ -33,7 +33,8 @@ def test_a_process_that_never_comes_is_named_and_ends_the_job(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/unit/test_watchdog.py has what is said
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
 def test_the_others_say_whom_they_wait_for(tmp_path: Path, sent: signal.Signals) -> None:
     script = tmp_path / "script.py"
     # Each rank leaves its process id, and its training never ends.

@@ -31,10 +31,13 @@ def test_it_waits_while_a_gloo_thread_is_running_and_no_longer_than_the_limit(tm
 def test_gloo_names_its_threads_so_and_the_plugin_waits_at_exit() -> None:
     run(
         """
-import atexit, glob, torch.distributed as dist, paci_megatron
+import atexit, glob, time, torch.distributed as dist, paci_megatron
 from paci_megatron.plugin import exits
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-assert any("(pt_gloo_runloop) S" in open(name).read() for name in glob.glob("/proc/self/task/*/stat"))
+deadline_s = time.monotonic() + 60
+while not any("(pt_gloo_runloop) S" in open(name).read() for name in glob.glob("/proc/self/task/*/stat")):
+    assert time.monotonic() < deadline_s
+    time.sleep(0.01)
 asked = []
 exits._are_running = lambda tasks: bool(asked.append(tasks))
 paci_megatron.install()
