@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lab.benchmark.jobs import Job
-from lab.benchmark.padding import StageTimes
 from lab.benchmark.rows import Measured, make_rows, ms_per_iteration, overrun_warning, table
 from lab.benchmark.settings import (
     NAMES,
@@ -70,10 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     timed.add_argument("--jitter", type=float, default=0, help="every action takes 1 +- this share of its time (default: 0)")
     timed.add_argument("--seed", type=int, default=0, help="of the jitter (default: 0)")
+    timed.add_argument(
+        "--straggler",
+        type=_straggler,
+        metavar="STAGE:FACTOR:ITERATIONS",
+        help="a stage, from 0, that takes so many times as long in so many of the measured iterations, those in the "
+        "middle; what is predicted is without it",
+    )
     model = parser.add_argument_group("model", "tiny with timed stages, tens of milliseconds a micro-batch without")
     for field in dataclasses.fields(TIMED_MODEL):
         model.add_argument(f"--{field.name.replace('_', '-')}", type=int)
     return parser
+
+
+def _straggler(text: str) -> tuple[int, float, int]:
+    stage, factor, iterations = text.split(":")
+    return int(stage), float(factor), int(iterations)
 
 
 def _settings(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Settings:
@@ -90,6 +101,7 @@ def _settings(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Set
         model=dataclasses.replace(model, **{name: value for name, value in given.items() if value is not None}),
         stage_ms=stage_ms,
         jitter=options.jitter,
+        straggler=options.straggler,
         seed=options.seed,
         iterations=options.iterations,
         warmup=options.warmup,
@@ -125,13 +137,7 @@ def make_job(settings: Settings, case: Case, repeat: int, logs: Path) -> Job:
     if repeat == 0:
         argv = settings.training_arguments(case, metrics_file, train_iters=case.drain_iterations + 1)
         return Job(tuple(argv), a, is_bare=case.arm.is_bare, measures_memory=True)
-    costs, times = settings.timed_costs(case.num_stages), None
-    if costs is not None:
-        chunks = case.arm.plan.chunks
-        times = tuple(
-            StageTimes(stage.forward_s, stage.backward_s, costs.jitter, costs.seed, chunks) for stage in costs.stages
-        )
-    argv = settings.training_arguments(case, metrics_file)
+    argv, times = settings.training_arguments(case, metrics_file), settings.stage_times(case)
     return Job(tuple(argv), a, settings.warmup_of(case), settings.iterations, times, case.arm.is_bare)
 
 

@@ -10,13 +10,17 @@ from random import Random
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of a stage's forward and backward of a micro-batch, all its chunks together, varied by ``jitter``."""
+    """Seconds of a stage's forward and backward of a micro-batch, all its chunks together, varied by ``jitter``.
+
+    ``slow`` has a factor, and from which action to which, counted from 0, everything takes that many times as long.
+    """
 
     forward_s: float
     backward_s: float
     jitter: float = 0.0
     seed: int = 0
     chunks: int = 1
+    slow: tuple[float, int, int] = (1.0, 0, 0)
 
 
 class Padding:
@@ -41,7 +45,7 @@ class Padding:
         self._clock = clock
         self._sleep = sleep
         self._late_s = 0.0
-        self._actions = self._overruns = 0
+        self._actions = self._overruns = self._done = 0
 
     def forward[T](self, work: Callable[[], T]) -> T:
         """Do ``work``, a forward of one chunk, in its time."""
@@ -63,7 +67,9 @@ class Padding:
 
     def _padded[T](self, work: Callable[[], T], duration_s: float) -> T:
         begin_s = self._clock()
-        duration_s = self._vary(duration_s)
+        factor, first, end = self._times.slow
+        duration_s = self._vary(duration_s) * (factor if first <= self._done < end else 1)
+        self._done += 1
         deadline_s = begin_s + duration_s - self._late_s
         result = work()
         computed_s = self._clock()

@@ -116,6 +116,7 @@ def _described(settings: Settings, case: Case) -> dict[str, Any]:
         "timed_stage_ms": settings.stage_ms,
         "jitter": settings.jitter,
         "seed": settings.seed,
+        "straggler": settings.straggler,
         "warmup": settings.warmup_of(case),
         "iterations": settings.iterations,
         "num_layers": settings.num_layers(case.num_stages),

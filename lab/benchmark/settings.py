@@ -14,6 +14,8 @@ from paci_megatron.simulate.engine import Simulation
 from paci_megatron.simulate.peers import Schedule, find_schedule
 from paci_megatron.usage import UsageError, require
 
+from .padding import StageTimes
+
 FLUSH = "1f1b"
 BARE = "paci-bare"
 AUTO = "paci:auto"
@@ -148,7 +150,8 @@ REAL_MODEL = Model(hidden_size=160, num_attention_heads=2, seq_length=128, micro
 @dataclass(frozen=True)
 class Settings:
     """A benchmark. ``stage_ms`` are the timed stages' forward and backward, one pair for all or one each; None is real
-    compute. ``warmup`` None is what each case needs. ``megatron_flags`` go to every training.
+    compute. ``straggler`` is a stage, how many times as long it takes, and in how many of the measured iterations, those in
+    the middle. ``warmup`` None is what each case needs. ``megatron_flags`` go to every training.
     """
 
     schedules: tuple[str, ...]
@@ -158,6 +161,7 @@ class Settings:
     stage_ms: tuple[tuple[float, float], ...] | None = None
     jitter: float = 0.0
     seed: int = 0
+    straggler: tuple[int, float, int] | None = None
     iterations: int = 30
     warmup: int | None = None
     repeats: int = 2
@@ -174,6 +178,13 @@ class Settings:
         require(0 <= self.jitter < 1, f"--jitter {self.jitter:g}: give a share of the time, from 0 to below 1")
         message = f"--jitter {self.jitter:g}: only timed stages can be varied; add --timed-stage-ms FORWARD:BACKWARD"
         require(not self.jitter or self.stage_ms is not None, message)
+        if self.straggler is not None:
+            stage, factor, count = self.straggler
+            text = f"--straggler {stage}:{factor:g}:{count}"
+            require(self.stage_ms is not None, f"{text}: only timed stages can be slowed down; add --timed-stage-ms")
+            require(0 <= stage < min(self.num_stages), f"{text}: give a stage from 0 to {min(self.num_stages) - 1}")
+            require(1 <= factor < math.inf, f"{text}: give a factor of at least 1")
+            require(1 <= count <= self.iterations, f"{text}: give 1 to --iterations {self.iterations}")
         require(len(set(self.schedules)) == len(self.schedules), "--schedules: name each schedule once")
         for n in self.num_stages:
             given = len(self.stage_ms or (0,))
@@ -225,6 +236,19 @@ class Settings:
             return None
         stages = [StageCosts(forward / 1000, backward / 1000) for forward, backward in self.stage_ms]
         return Costs(tuple(stages * num_stages if len(stages) == 1 else stages), jitter=self.jitter, seed=self.seed)
+
+    def stage_times(self, case: Case) -> tuple[StageTimes, ...] | None:
+        """What each process of a training is told to take; None with real compute."""
+        costs, chunks = self.timed_costs(case.num_stages), case.arm.plan.chunks
+        if costs is None:
+            return None
+        times = [StageTimes(each.forward_s, each.backward_s, costs.jitter, costs.seed, chunks) for each in costs.stages]
+        if self.straggler is not None:
+            stage, factor, count = self.straggler
+            before = self.warmup_of(case) + (self.iterations - count) // 2
+            actions = 2 * case.microbatches_per_update * chunks  # of an iteration
+            times[stage] = replace(times[stage], slow=(factor, before * actions, (before + count) * actions))
+        return tuple(times)
 
     def simulate(self, case: Case, costs: Costs, slack: tuple[int, ...] = ()) -> Simulation:
         """The run of ``case`` as the simulator foretells it, from start to end; ``slack`` is what paci:auto has chosen."""

@@ -101,6 +101,23 @@ def test_computing_for_too_long_is_counted_and_not_made_up_for() -> None:
     assert padded.take_counts() == (0, 0)
 
 
+def test_a_straggler_is_slow_in_the_iterations_in_the_middle() -> None:
+    settings = replace(TIMED, jitter=0.0, warmup=3, iterations=10, straggler=(1, 1.5, 4))
+    (case, *_), *_ = settings.groups()[0]
+    times = settings.stage_times(case)
+    assert times is not None
+    assert [each.slow[0] for each in times] == [1.0, 1.5, 1.0, 1.0]
+    clock, durations = Clock(), []
+    padded = padding(times[1], clock)
+    for _ in range(13):
+        begin_s = clock()
+        for _ in range(case.microbatches_per_update):
+            padded.forward(clock.compute(0.01))
+            padded.backward(clock.compute(0.01))
+        durations.append(clock() - begin_s)
+    assert durations == pytest.approx([1.2] * 6 + [1.8] * 4 + [1.2] * 3)
+
+
 def ideal_results(settings: Settings, case: Case, slower: float = 1.0) -> list[RankResult]:
     """What ranks would measure if everything took what the simulator says, times ``slower``."""
     costs = settings.timed_costs(case.num_stages)
@@ -251,6 +268,8 @@ def test_trainings_of_a_size_differ_by_their_schedule_alone() -> None:
         (["--timed-stage-ms", "0:2"], "--timed-stage-ms 0:2: a forward and a backward take time"),
         (["--timed-stage-ms", "1:2", "1:2", "1:2"], "--num-stages 2: --timed-stage-ms has 3 stages"),
         (["--jitter", "0.2"], "--jitter 0.2: only timed stages can be varied; add --timed-stage-ms"),
+        (["--straggler", "1:1.5:2"], "--straggler 1:1.5:2: only timed stages can be slowed down; add --timed-stage-ms"),
+        (["--straggler", "9:1.5:2", "--timed-stage-ms", "1:2"], "--straggler 9:1.5:2: give a stage from 0 to"),
         (["--jitter", "1", "--timed-stage-ms", "1:2"], "--jitter 1: give a share of the time"),
         (["--num-layers", "4"], "--num-layers 4: the layers and the loss, which counts as one, are dealt to 2 parts"),
         (["--num-layers", "3", "--timed-stage-ms", "1:2"], "--num-layers 3: the layers are dealt to 2 parts"),
