@@ -40,6 +40,8 @@ def assert_same(processes: list[TrainingResult], one: TrainingResult) -> None:
 
 
 TENSOR = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
+EXPERTS = ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear")
+OVERLAPPED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket-size", "4000")
 TIED = "--untie-embeddings-and-output-weights"
 
 
@@ -72,7 +74,7 @@ def test_drain_at_every_update_is_the_flush_of_as_many_stages(
 @pytest.mark.parametrize(
     "more",
     [
-        ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear"),
+        EXPERTS,
         ("--paci-weight-policy", "stash"),
         ("--paci-weight-policy", "double-buffer"),
         ("--bf16", "--paci-look-ahead"),
@@ -151,15 +153,21 @@ def test_checkpoints_load_at_any_size(pool: GetPool, corpus: str, tmp_path: Path
         assert len(resumed[-1].losses) == 3 and resumed[-1].losses == whole[-1].losses[3:], flags
 
 
-@pytest.mark.parametrize(("num_stages", "dp", "tp"), slow((2, 2, 1), (2, 1, 2)))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dp", "tp", "more"),
+    [
+        pytest.param(2, 1, ("--use-distributed-optimizer",), id="distributed-optimizer"),
+        pytest.param(2, 1, (*OVERLAPPED, "--overlap-param-gather"), id="gathered-in-forwards"),
+        pytest.param(2, 1, (*EXPERTS, "--expert-model-parallel-size", "2"), id="experts"),
+        pytest.param(1, 2, (*TENSOR, "--sequence-parallel"), id="tensor-and-sequence"),
+    ],
+)
 def test_with_other_parallelism_a_v_is_its_stages_emulated(
-    pool: GetPool, corpus: str, num_stages: int, dp: int, tp: int
+    pool: GetPool, corpus: str, dp: int, tp: int, more: tuple[str, ...]
 ) -> None:
     """Emulated by as many processes as there are pipelines, on one machine's cores."""
-    more = ["--use-distributed-optimizer"] if dp > 1 else []
-    more += ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64", "--sequence-parallel"][
-        : 5 * (tp > 1)
-    ]
+    num_stages = 2
     argv = [*v_of(corpus, num_stages, 2, *more, dp=dp), *V]
     processes = pool(num_stages * dp * tp).run("train", argv=argv)
     emulated = pool(dp * tp).run("train", argv=of_stages(argv))
