@@ -214,20 +214,14 @@ def adapt_flags(args: argparse.Namespace) -> list[str]:
 
 
 def gather_in_the_step(args: argparse.Namespace) -> list[str]:
-    """Switch ``--overlap-param-gather`` off in a V, and where it would gather in the gradients' memory; the line for it."""
-    if not getattr(args, "overlap_param_gather", False):
-        return []
-    if args.pipeline_schedule == "paci-v":
-        reason = "the two stages of a process do not train as one each would; the gather is waited for in the update"
-    elif getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False):
-        reason = (
-            "with --reuse-grad-buf-for-mxfp8-param-ag the new weights are gathered where the next backward's gradients go; "
-            "the gather is waited for in the update"
-        )
-    else:
+    """Switch ``--overlap-param-gather`` off where it would gather in the gradients' memory; the line that says so."""
+    if not (getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False) and args.overlap_param_gather):
         return []
     args.overlap_param_gather = False
-    return [f"--overlap-param-gather is off under {args.pipeline_schedule}: {reason}"]
+    return [
+        "--overlap-param-gather is off under paci: with --reuse-grad-buf-for-mxfp8-param-ag the new weights are gathered "
+        "where the next backward's gradients go; the gather is waited for in the update"
+    ]
 
 
 def not_verified(args: argparse.Namespace) -> list[str]:

@@ -59,6 +59,7 @@ class StageCompute:
         """The stage's output for ``microbatch``: an activation to send, or on the last stage the scaled loss."""
         position = microbatch % self._microbatches_per_update
         self._scale_as(microbatch)
+        self.param_gather.before_forward()
         output_tensor, num_tokens = schedules.forward_step(
             self.forward_step_func,
             self.data_iterator,

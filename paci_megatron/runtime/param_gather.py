@@ -9,8 +9,9 @@ class ParamGather:
     """Completes the distributed optimizer's all-gather of new weights where Megatron's forward hooks do not.
 
     Megatron's hooks gather a bucket as the first forward after an update reaches it, and the next one beside the computing.
-    A flush has no backward between an update and that forward. PACI has one before a drain, and Megatron's loop takes the
-    hooks away for the first iteration. All ranks that share a stage follow one plan, so they gather in the same order.
+    A flush has no backward between an update and that forward. PACI has one before a drain. And Megatron's loop takes the
+    hooks away for the first iteration, in which a stage of a V may go on after its update. All ranks that share a stage
+    follow one plan, so they gather in the same order.
     """
 
     def __init__(self, model: Any) -> None:

@@ -49,9 +49,9 @@ class StageUpdate:
         """``model`` is Megatron's data-parallel wrapper; ``finalize_gradients`` completes the window's gradients within
         the stage (data, tensor, context parallel); ``loop_optimizer`` is the optimizer as the
         training loop holds it, whose ``step`` steps this stage's, with gradients that are ready.
-        ``own_figures`` is what the stage tells the others beside an update's gradients. With a per-token loss
-        ``after_step`` is called when an update is over, skipped or not. ``delay`` is by how many updates ``look_ahead``
-        is to look ahead while the pipeline is full. With a per-token loss
+        ``own_figures`` is what the stage tells the others beside an update's gradients. ``after_step`` is called when an
+        update is over, skipped or not. ``delay`` is by how many updates ``look_ahead`` is to look ahead while the pipeline
+        is full. With a per-token loss
         ``take_num_tokens`` is the window's number of tokens, (1,), None on all but the last stage.
         """
         self._model = model

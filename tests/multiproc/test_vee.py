@@ -153,14 +153,13 @@ def test_checkpoints_load_at_any_size(pool: GetPool, corpus: str, tmp_path: Path
         assert len(resumed[-1].losses) == 3 and resumed[-1].losses == whole[-1].losses[3:], flags
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dp", "tp", "more"),
     [
-        pytest.param(2, 1, ("--use-distributed-optimizer",), id="distributed-optimizer"),
+        pytest.param(2, 1, ("--use-distributed-optimizer",), id="distributed-optimizer", marks=pytest.mark.slow),
         pytest.param(2, 1, (*OVERLAPPED, "--overlap-param-gather"), id="gathered-in-forwards"),
-        pytest.param(2, 1, (*EXPERTS, "--expert-model-parallel-size", "2"), id="experts"),
-        pytest.param(1, 2, (*TENSOR, "--sequence-parallel"), id="tensor-and-sequence"),
+        pytest.param(2, 1, (*EXPERTS, "--expert-model-parallel-size", "2"), id="experts", marks=pytest.mark.slow),
+        pytest.param(1, 2, (*TENSOR, "--sequence-parallel"), id="tensor-and-sequence", marks=pytest.mark.slow),
     ],
 )
 def test_with_other_parallelism_a_v_is_its_stages_emulated(

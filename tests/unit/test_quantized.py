@@ -47,7 +47,7 @@ def test_older_versions_of_quantised_weights_are_refused(flag: str) -> None:
 
 
 def test_the_gather_in_the_gradients_memory_is_waited_for() -> None:
-    args = argparse.Namespace(pipeline_schedule="paci", reuse_grad_buf_for_mxfp8_param_ag=True, overlap_param_gather=True)
+    args = argparse.Namespace(reuse_grad_buf_for_mxfp8_param_ag=True, overlap_param_gather=True)
     (line,) = gather_in_the_step(args)
     assert not args.overlap_param_gather and line.startswith(
         "--overlap-param-gather is off under paci: with --reuse-grad-buf"
