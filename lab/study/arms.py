@@ -29,6 +29,7 @@ class Arm:
     weight_policy: str = "latest"
     bf16: bool = False
     look_ahead: bool = False
+    by_stage: str = ""  # what is another on each stage, see by_stage.py
     is_extra: bool = False
     max_seeds: int | None = None
 
@@ -46,7 +47,7 @@ class Arm:
     def is_plain(self) -> bool:
         """Whether nothing but the schedule and the batch distinguishes it."""
         return (
-            not (self.clip_grad or self.recompute or self.start_fraction or self.bf16)
+            not (self.clip_grad or self.recompute or self.start_fraction or self.bf16 or self.by_stage)
             and (self.optimizer, self.lr_factor, self.beta1) == ("adam", 1, 0.9)
             and self.weight_policy == "latest"
         )
@@ -61,6 +62,7 @@ class Arm:
         parts += [f"beta{self.beta1:g}"] * (self.beta1 != 0.9)
         parts += [f"start{self.start_fraction:.0%}".rstrip("%")] * bool(self.start_fraction)
         parts += [self.weight_policy] * (self.weight_policy != "latest")
+        parts += [f"{self.by_stage}-by-stage"] * bool(self.by_stage)
         return "-".join(parts + ["bf16"] * self.bf16 + ["ahead"] * self.look_ahead)
 
     @property
@@ -172,21 +174,24 @@ _SMALL: dict[str, Any] = {
 
 
 def _extras(batch_size: int, larger_batch_size: int) -> tuple[Arm, ...]:
-    """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate, also
-    flushing at first, and in bf16 with a look-ahead. One seed each.
+    """Where drift is large, with and without clipping; recomputation; the weight policies of others; twice the rate, there
+    also remedies: flushing at first, a rate or a beta1 by stage, and in bf16 a look-ahead. One seed each, but for bf16.
     """
-    twice_in_bf16 = Arm("paci", 4, larger_batch_size, lr_factor=2.0, bf16=True, is_extra=True, max_seeds=1)
+    twice = Arm("paci", 4, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1)
+    twice_in_bf16 = dataclasses.replace(twice, bf16=True, max_seeds=None)
     return (
         *(Arm("paci", a, batch_size, clip, is_extra=True, max_seeds=1) for a in (2, 1) for clip in (0.0, 1.0)),
         Arm("1f1b", 4, batch_size, 1.0, is_extra=True, max_seeds=1),
         Arm("paci", 4, batch_size, recompute=True, is_extra=True, max_seeds=1),
         *(Arm("paci", 8, batch_size, weight_policy=p, is_extra=True, max_seeds=1) for p in ("stash", "double-buffer")),
         Arm("1f1b", 4, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1),
-        *(Arm("paci", a, larger_batch_size, lr_factor=2.0, is_extra=True, max_seeds=1) for a in (4, 8, 16)),
-        Arm("paci", 4, larger_batch_size, lr_factor=2.0, start_fraction=0.25, is_extra=True, max_seeds=1),
+        *(dataclasses.replace(twice, microbatches_per_update=a) for a in (4, 8, 16)),
+        *(dataclasses.replace(twice, start_fraction=fraction) for fraction in (0.25, 0.1, 0.5)),
+        *(dataclasses.replace(twice, by_stage=what) for what in ("rate", "beta1")),
         dataclasses.replace(twice_in_bf16, schedule="1f1b"),
         twice_in_bf16,
         dataclasses.replace(twice_in_bf16, look_ahead=True),
+        dataclasses.replace(twice_in_bf16, look_ahead=True, start_fraction=0.25, max_seeds=1),
     )
 
 

@@ -11,6 +11,7 @@ from .arms import Arm, Study, StudyError
 
 PREPROCESS = "tools/preprocess_data.py"
 TRAIN = "pretrain_gpt_paci.py"
+TRAIN_BY_STAGE = ("-m", "lab.study.by_stage")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def training_command(study: Study, arm: Arm, seed: int, data: Data, folder: Path
     # The held-out documents are the test set, too: its one evaluation, after training, reads each sequence once, and so
     # the same in every run. Those during training read random sequences.
     processes = 1 if study.is_emulated else study.num_stages
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), TRAIN]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [*TRAIN_BY_STAGE, arm.by_stage] if arm.by_stage else [TRAIN]
     for flag, value in _flags(study, arm, seed, data).items():
         command += [f"--{flag}"] if value is None else [f"--{flag}", str(value)]
     checkpoints = str(folder / "checkpoints")
