@@ -274,10 +274,12 @@ def _check_look_ahead(args: argparse.Namespace) -> None:
     """``ConfigError`` if ``--paci-look-ahead`` meets what has no main parameters to look ahead from."""
     if not (args.paci_look_ahead and args.pipeline_schedule != "1f1b"):
         return
-    if args.optimizer != "adam":
+    scalar = getattr(args, "muon_scalar_optimizer", "adam") if args.optimizer == "muon" else "adam"
+    if args.optimizer not in ("adam", "muon") or scalar != "adam":
+        name = f"--optimizer {args.optimizer}" if scalar == "adam" else f"--muon-scalar-optimizer {scalar}"
         raise ConfigError(
-            f"--paci-look-ahead with --optimizer {args.optimizer}: it is Adam's update, from Adam's moments. Use "
-            "--optimizer adam, or remove the flag."
+            f"--paci-look-ahead with {name}: how far it moves the weights is known of Adam and Muon. Use one of the two "
+            "(with --muon-scalar-optimizer adam), or remove the flag."
         )
     if not (args.bf16 or args.fp16):
         raise ConfigError(

@@ -12,13 +12,14 @@ import torch
 
 
 class LookAhead:
-    """Writes a stage's model weights as the optimizer's main parameters, moved on by ``delay`` times Adam's last update.
+    """Writes a stage's model weights as the optimizer's main parameters, moved on by ``delay`` times their last update.
 
     In 16 bits Megatron's optimizer keeps main parameters in fp32 and casts them into the model's after each step. Training
     goes on from the main ones, so what the model holds may be something else: here, what the main ones are going to be
-    ``delay`` updates later if each is like the last. The update is Adam's lr * m / (sqrt(v) + eps), from the moments as
-    the step leaves them, without weight decay, which is far smaller. While it is cast, the result lies in the gradients'
-    memory, which a step is done with. Parameters without a main one or a gradient are cast as they are.
+    ``delay`` updates later if each is like the last. An update is Adam's lr * m / (sqrt(v) + eps), from the moments as
+    the step leaves them, or Muon's, as the step made it; without weight decay, which is far smaller. While it is cast, the
+    result lies in the gradients' memory, which a step is done with. Parameters without a main one or a gradient are cast
+    as they are.
     """
 
     def __init__(self, optimizer: Any, model: Any) -> None:
@@ -31,6 +32,8 @@ class LookAhead:
             if not getattr(part, "is_stub_optimizer", False)
         ]
         for part in self._parts:
+            if is_muon(part.optimizer):
+                _keep_updates(part.optimizer)
             part._copy_main_params_to_model_params = functools.partial(
                 self._cast_ahead, part, part._copy_main_params_to_model_params
             )
@@ -49,6 +52,23 @@ class LookAhead:
             cast()
 
 
+def is_muon(optimizer: Any) -> bool:
+    """Whether this is an orthogonalized optimizer of the package emerging-optimizers, or of one that is called alike."""
+    return hasattr(optimizer, "pre_weight_update_fn_inplace")
+
+
+def _keep_updates(optimizer: Any) -> None:
+    """Have Muon write each update into its gradient, which it is done with: it keeps no moment to read the update from."""
+    before = optimizer.pre_weight_update_fn_inplace
+
+    def keep(parameter: torch.Tensor, update: torch.Tensor) -> None:
+        before(parameter, update)
+        assert parameter.grad is not None
+        parameter.grad.copy_(update)
+
+    optimizer.pre_weight_update_fn_inplace = keep
+
+
 @contextlib.contextmanager
 def _moved_on(part: Any, delay: float) -> Iterator[None]:
     """Inside, the optimizer's main parameters are what they would be ``delay`` updates later; their gradients are lost."""
@@ -58,7 +78,10 @@ def _moved_on(part: Any, delay: float) -> Iterator[None]:
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) in main and parameter.grad is not None:
-                _write_moved_on(parameter, group, part.optimizer.state[parameter], delay, out=parameter.grad)
+                if is_muon(part.optimizer):
+                    torch.sub(parameter.data, parameter.grad, alpha=delay * group["lr"], out=parameter.grad)
+                else:
+                    _write_moved_on(parameter, group, part.optimizer.state[parameter], delay, out=parameter.grad)
                 now.append((parameter, parameter.data))
     for parameter, _ in now:
         parameter.data = parameter.grad

@@ -11,11 +11,11 @@ AHEAD = [*PACI, "--paci-look-ahead"]
 SKIPPING = ["--fp16", "--no-check-for-nan-in-loss-and-grad", "--loss-scale", "1000", *AHEAD, "--paci-drain-interval", "4"]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("tied", "optimizer"), [(False, "adam"), (True, "adam"), (False, "muon")])
 def test_drained_it_is_megatrons_flush_and_processes_are_the_emulation(
-    pool: GetPool, corpus: str, one_process: OneProcess, tied: bool
+    pool: GetPool, corpus: str, one_process: OneProcess, tied: bool, optimizer: str
 ) -> None:
-    argv = arguments(corpus, 2, 2, "--bf16")
+    argv = arguments(corpus, 2, 2, "--bf16", "--optimizer", optimizer)
     if tied:
         argv.remove("--untie-embeddings-and-output-weights")
     workers = pool(2)

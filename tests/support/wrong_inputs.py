@@ -88,7 +88,7 @@ LATE = [
     (f"{PACI} --optimizer muon --use-distributed-optimizer", "--optimizer muon"),
     (f"{PACI} --context-parallel-size 2 --paci-weight-policy double-buffer", "process"),
     (f"{PACI} --paci-look-ahead", "--paci-look-ahead in fp32: the model's weights are the optimizer's own"),
-    (f"{PACI} --paci-look-ahead --bf16 --optimizer sgd", "--paci-look-ahead with --optimizer sgd: it is Adam's update"),
+    (f"{PACI} --paci-look-ahead --bf16 --optimizer sgd", "--paci-look-ahead with --optimizer sgd: how far it moves"),
     (f"{PACI} --lr-warmup-iters 10", "--lr-warmup-iters 10 with --train-iters 4: must be fewer"),
     (f"{PACI} --min-lr 1", "--min-lr 1 with --lr 0.005: must not be more"),
     (PACI.replace("--lr 5e-3", ""), "--lr is missing"),

@@ -73,6 +73,7 @@ def test_an_ordinary_command_line_is_accepted() -> None:
 
 def test_a_look_ahead_is_pacis_alone() -> None:
     assert PaciConfig.from_args(namespace(**AHEAD)).look_ahead
+    assert PaciConfig.from_args(namespace(**AHEAD, optimizer="muon", muon_scalar_optimizer="adam")).look_ahead
     assert not PaciConfig.from_args(namespace(**AHEAD, pipeline_schedule="1f1b", paci_emulate_stages=4)).look_ahead
 
 
@@ -99,7 +100,11 @@ def test_all_reasons_come_at_once() -> None:
             r"--pipeline-model-parallel-layout E\|t.*2 model chunks.*layout with 4 stages",
         ),
         ({**AHEAD, "bf16": False}, r"^--paci-look-ahead in fp32: the model's weights are the optimizer's own.*Add --bf16"),
-        ({**AHEAD, "optimizer": "muon"}, r"^--paci-look-ahead with --optimizer muon: it is Adam's update"),
+        ({**AHEAD, "optimizer": "soap"}, r"^--paci-look-ahead with --optimizer soap: how far .* known of Adam and Muon"),
+        (
+            {**AHEAD, "optimizer": "muon", "muon_scalar_optimizer": "lion"},
+            r"^--paci-look-ahead with --muon-scalar-optimizer lion: how far .* known of Adam and Muon",
+        ),
         (
             {**AHEAD, "use_precision_aware_optimizer": True},
             r"^--paci-look-ahead with --use-precision-aware-optimizer: the optimizer itself then writes",

@@ -1,4 +1,4 @@
-"""The look-ahead moves on by Adam's last update, whoever counts the steps."""
+"""The look-ahead moves on by the last update of Adam, whoever counts the steps, and of Muon."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ from typing import Any
 import pytest
 import torch
 
-from paci_megatron.runtime.look_ahead import LookAhead
+from paci_megatron.runtime.look_ahead import LookAhead, is_muon
 
 MODEL = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=False))
 
 
-class Optimizer:
-    """Megatron's of 16 bits around PyTorch's Adam, as far as a look-ahead uses it."""
+def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Orthogonalized by another function than Muon's, of any shape."""
+    from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer
 
-    def __init__(self, counts_by_group: bool) -> None:
+    class Orthogonalized(OrthogonalizedOptimizer):
+        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **_: Any) -> torch.Tensor:
+            return grad / (1 + torch.linalg.vector_norm(grad))
+
+    kinds: dict[str, Any] = {"weight_decay_method": "decoupled", "fp32_matmul_prec": "medium"}
+    return Orthogonalized(groups, lr=0.01, momentum=0.9, weight_decay=0.0, nesterov=True, **kinds)
+
+
+class Optimizer:
+    """Megatron's of 16 bits around PyTorch's Adam or a Muon, as far as a look-ahead uses it."""
+
+    def __init__(self, counts_by_group: bool = False, is_muon: bool = False) -> None:
         generator = torch.Generator().manual_seed(1)
         main = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((3, 5), (4,), (2,))]
         self.without_main = torch.ones(3, requires_grad=True)
         groups: list[dict[str, Any]] = [{"params": main}, {"params": [self.without_main], "lr": 0.1}]
-        self.optimizer = torch.optim.Adam(groups, lr=0.01)
+        self.optimizer = muon(groups) if is_muon else torch.optim.Adam(groups, lr=0.01)
         self.fp32_from_float16_groups = [main, []]
         self.model = [parameter.detach().bfloat16() for parameter in main]
         self.main = main
@@ -47,9 +59,10 @@ class Optimizer:
             model.copy_(main.detach())
 
 
-@pytest.mark.parametrize("counts_by_group", [False, True])
-def test_the_model_is_moved_on_and_the_main_parameters_are_not(counts_by_group: bool) -> None:
-    ahead, plain = Optimizer(counts_by_group), Optimizer(counts_by_group)
+@pytest.mark.parametrize("kind", [{}, {"counts_by_group": True}, {"is_muon": True}], ids=["Adam", "by group", "Muon"])
+def test_the_model_is_moved_on_and_the_main_parameters_are_not(kind: dict[str, bool]) -> None:
+    ahead, plain = Optimizer(**kind), Optimizer(**kind)
+    assert is_muon(ahead.optimizer) == ("is_muon" in kind)
     look_ahead = LookAhead(ahead, MODEL)
     look_ahead.delay = 1.75
     for number in range(3):
