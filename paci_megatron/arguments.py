@@ -66,11 +66,11 @@ def _add_paci_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--paci-memory-budget",
-        type=int,
         default=None,
-        metavar="MICRO-BATCHES",
-        help="The most that --paci-extra-in-flight auto lets the first stage have in flight, M: drift is then at most "
-        "ceil((M-1)/a) updates. Default: 2N, twice what it has without.",
+        metavar="M",
+        help="The most micro-batches that --paci-extra-in-flight auto lets the first stage have in flight: drift is then at "
+        "most ceil((M-1)/a) updates. Or what their activations may take there, in bytes, like 12GB or 12GiB: as many as fit "
+        "by what one has been measured to take, and at most 2N. Default: 2N, twice what it has without.",
     )
     group.add_argument(
         "--paci-weight-policy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,14 @@ class Extra:
     """What ``--paci-extra-in-flight`` says: the slack of the links (schedule/schedules.py) from after an iteration on.
 
     ``choices`` has all of it where it is given, or was chosen by an earlier run; where this run chooses (``is_auto``) only
-    the first, none. ``most`` is the most that the first stage ever has more.
+    the first, none. ``most`` is the most that the first stage ever has more, ``most_bytes`` the most that it may keep for
+    backwards, where a run is bounded by that, too.
     """
 
     choices: tuple[tuple[int, tuple[int, ...]], ...] = ()
     most: int = 0
     is_auto: bool = False
+    most_bytes: int | None = None
 
     @staticmethod
     def measured_updates(record_lag: int) -> int:
@@ -192,13 +195,14 @@ def extra_of(args: argparse.Namespace) -> Extra:
     text, num_stages = str(args.paci_extra_in_flight), args.paci_emulate_stages or args.pipeline_model_parallel_size
     none = (0, (0,) * (num_stages - 1))
     if text == AUTO:
-        budget = 2 * num_stages if args.paci_memory_budget is None else args.paci_memory_budget
+        budget, most_bytes = memory_budget(args.paci_memory_budget)
+        budget = 2 * num_stages if budget is None else budget
         if budget < num_stages:
             raise ConfigError(
                 f"--paci-memory-budget {budget}: {num_stages} stages have {num_stages} micro-batches in flight at the first "
                 f"without any more. Give at least {num_stages}."
             )
-        return Extra((none,), budget - num_stages, is_auto=True)
+        return Extra((none,), budget - num_stages, is_auto=True, most_bytes=most_bytes)
     try:
         if Path(text).is_file():
             choices = (none, *slack_choices(Path(text), num_stages))
@@ -207,6 +211,22 @@ def extra_of(args: argparse.Namespace) -> Extra:
     except ValueError as error:
         raise ConfigError(f"--paci-extra-in-flight {error}; or auto, or the metrics file of a run with auto.") from None
     return Extra(((0, slack),), sum(slack))
+
+
+def memory_budget(text: str | None) -> tuple[int | None, int | None]:
+    """What ``--paci-memory-budget`` says: micro-batches, or bytes; ``ConfigError`` if neither."""
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
+    count, number, prefix, binary = found.groups() if found else ("0", None, None, None)
+    if number is None and int(count) > 0:
+        return int(count), None
+    size = int(float(number or 0) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
+    if size < 1:
+        raise ConfigError(
+            f"--paci-memory-budget {text}: must be a number of micro-batches, or of bytes, like 12GB or 12GiB."
+        )
+    return None, size
 
 
 def _check_layout(args: argparse.Namespace) -> None:

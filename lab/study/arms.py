@@ -220,7 +220,17 @@ def _best() -> Study:
     """
     rates = (8.0, 4.0, 16.0, 2.0, 32.0, 64.0, 128.0, 1.0, 0.5)
     muon = tuple(Arm(schedule, 4, 32, lr_factor=lr, optimizer="muon") for lr in rates[:7] for schedule in ("1f1b", "paci"))
-    muon_bf16 = tuple(dataclasses.replace(arm, bf16=True) for arm in muon if arm.lr_factor in (32.0, 64.0))
+    # The copy-free look-ahead needs 16 bits: with it, and flush, around their best rates; without it in one place each.
+    in_bf16 = (
+        *(Arm("1f1b", 4, 32, lr_factor=lr) for lr in (8.0, 32.0, 64.0)),
+        *(Arm("paci", 4, 32, lr_factor=lr, look_ahead=True) for lr in (8.0, 16.0, 32.0)),
+        *(Arm("paci", 8, 32, lr_factor=lr, look_ahead=True) for lr in (32.0, 64.0)),
+        Arm("paci", 4, 32, lr_factor=8.0),
+        *(Arm("1f1b", 4, 32, lr_factor=lr, optimizer="muon") for lr in (32.0, 64.0)),
+        *(Arm("paci", 4, 32, lr_factor=lr, optimizer="muon", look_ahead=True) for lr in (32.0, 64.0, 128.0)),
+        *(Arm("paci", 8, 32, lr_factor=lr, optimizer="muon", look_ahead=True) for lr in (64.0, 128.0)),
+        Arm("paci", 4, 32, lr_factor=64.0, optimizer="muon"),
+    )
     beta1 = tuple(Arm(schedule, 4, 32, lr_factor=2.0, beta1=b) for b in (0.95, 0.98) for schedule in ("1f1b", "paci"))
     arms = (
         *(Arm(schedule, 4, 32, lr_factor=lr) for lr in rates for schedule in ("1f1b", "paci")),
@@ -232,10 +242,7 @@ def _best() -> Study:
         # At a rate where PACI loses much: is it the delay or the inconsistency, and does it help to flush at first?
         Arm("paci", 4, 32, lr_factor=8.0, weight_policy="stash"),
         Arm("paci", 4, 32, lr_factor=8.0, start_fraction=0.25),
-        *(Arm(schedule, 4, 32, lr_factor=lr, bf16=True) for lr in (8.0, 32.0) for schedule in ("1f1b", "paci")),
-        *(Arm("paci", 4, 32, lr_factor=lr, bf16=True, look_ahead=True) for lr in (8.0, 32.0)),
-        *muon_bf16,
-        *(dataclasses.replace(arm, look_ahead=True) for arm in muon_bf16 if not arm.is_flush),
+        *(dataclasses.replace(arm, bf16=True) for arm in in_bf16),
     )
     arms = tuple(dataclasses.replace(arm, is_extra=True) for arm in arms)
     return dataclasses.replace(_small(), name="best", tokens=327_680, arms=arms)

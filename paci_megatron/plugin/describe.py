@@ -43,9 +43,11 @@ def _choosing(config: PaciConfig, a: int) -> list[str]:
         return []
     lag = record_lag(config.num_stages, a)
     most = Plan(config.schedule, config.num_stages, a, even_slack(config.num_stages, config.extra.most))
+    size = config.extra.most_bytes
+    there = f" with {size / 1e9:.3g} GB of activations" if size is not None else ""
     return [
         f"--paci-extra-in-flight auto: after {config.extra.measured_updates(lag)} updates the pipeline drains once and "
-        f"chooses by what was measured: at most {most.max_in_flight(0)} micro-batches in flight at the first stage, "
+        f"chooses by what was measured: at most {most.max_in_flight(0)} micro-batches in flight at the first stage{there}, "
         f"drift of at most {most.max_drift(0)} updates"
     ]
 

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from paci_megatron.config import ConfigError, extra_of, fold_of, stages_per_process
+from paci_megatron.config import ConfigError, extra_of, fold_of, memory_budget, stages_per_process
 
 NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("--paci-drain-interval", "paci_drain_interval", lambda n: n is None or n >= 1, "at least 1 update"),
     ("--paci-start-iteration", "paci_start_iteration", lambda n: n >= 0, "0 (off) or a number of iterations"),
-    ("--paci-memory-budget", "paci_memory_budget", lambda n: n is None or n >= 1, "a number of micro-batches"),
     ("--paci-transfer-ctas", "paci_transfer_ctas", lambda n: n is None or 1 <= n <= 64, "1 to 64 thread blocks"),
     ("--paci-fallback", "paci_fallback", lambda n: n >= 0, "0 (off) or a number of iterations"),
     (
@@ -101,8 +100,8 @@ def _check_v(args: argparse.Namespace) -> None:
 
 
 def _check_slack(args: argparse.Namespace) -> None:
-    extra, budget = extra_of(args), args.paci_memory_budget or 0
-    if budget > 0 and not extra.is_auto:
+    extra, budget = extra_of(args), args.paci_memory_budget
+    if any(memory_budget(budget)) and not extra.is_auto:
         raise ConfigError(
             f"--paci-memory-budget {budget} with --paci-extra-in-flight {args.paci_extra_in_flight}: it bounds what auto "
             "chooses. Remove it, or give --paci-extra-in-flight auto."

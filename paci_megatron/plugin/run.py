@@ -109,7 +109,7 @@ class Run:
         keep_gradient_statistics_within_stage([stage.optimizer for stage in stages], args)
         for stage in stages:
             stage.trace = stage_trace(args, stage.model, stage.stage_index, self._config.num_stages)
-            if args.paci_metrics_file:
+            if args.paci_metrics_file or self._config.extra.most_bytes is not None:
                 stage.saved = SavedActivations(stage.model.parameters())
             if self._config.look_ahead:
                 stage.look_ahead = LookAhead(stage.optimizer, stage.model)

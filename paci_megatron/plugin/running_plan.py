@@ -104,7 +104,9 @@ class RunningPlan:
             raise
         if stage.saved is not None:
             stage.meter.saved_activation_bytes = stage.saved.peak_bytes
-            if self.executor.state.forwards >= 2 * self.plan.max_in_flight(stage.stage_index):
+            most = self.plan.max_in_flight(stage.stage_index)
+            if self.executor.state.forwards >= 2 * most:
+                stage.meter.bytes_per_microbatch = stage.saved.peak_bytes / most
                 stage.saved = None  # the peak has been, and counting costs time
 
     def finish(self) -> None:

@@ -61,10 +61,12 @@ class SlackChoices:
         """
         began_s, a, ahead = time.monotonic(), plan.microbatches_per_update, plan.gradients_ahead
         links = transport.link_times()
-        costs = gather_costs([measure(meter, links.get(meter.stage_index, LinkTimes())) for meter in meters])
+        measured = gather([measure(meter, links.get(meter.stage_index, LinkTimes())) for meter in meters])
+        costs = costs_of(measured)
+        each_bytes = max(each.bytes_per_microbatch or 0.0 for each in measured if each.stage_index == 0)
         decided: list[Any] = [None]
         if dist.get_rank() == 0:
-            slack, before = cheapest_slack(a, costs, self._extra.most, ahead), self.after(iteration)
+            slack, before = cheapest_slack(a, costs, self._most(plan.num_stages, each_bytes), ahead), self.after(iteration)
             foretold = [paci_microbatches_per_s(a, costs, each, ahead) for each in (before, slack)]
             if sum(before) <= sum(slack) and foretold[1] < 1.01 * foretold[0]:
                 slack, foretold = before, foretold[:1] * 2
@@ -81,8 +83,16 @@ class SlackChoices:
             "latency_ms": [1000 * each for each in costs.latencies_s],
             "message_ms": [1000 * each for each in costs.links_s],
             "jitter": costs.jitter,
+            "bytes_per_microbatch": each_bytes,
             "choosing_s": time.monotonic() - began_s,
         }
+
+    def _most(self, num_stages: int, each_bytes: float) -> int:
+        """How many micro-batches the first stage may have more than it needs, if one of them takes ``each_bytes``."""
+        if self._extra.most_bytes is None:
+            return self._extra.most
+        fitting = int(self._extra.most_bytes / each_bytes) if each_bytes else 0
+        return min(self._extra.most, max(0, fitting - num_stages))
 
 
 class Measured(NamedTuple):
@@ -93,23 +103,27 @@ class Measured(NamedTuple):
     backward: ActionTimes
     update_s: float
     link: LinkTimes
+    bytes_per_microbatch: float | None = None  # that are kept for its backward, where they were counted
 
 
 def measure(meter: StageMeter, link: LinkTimes) -> Measured:
     """What the stage's meter has, beside its link's times."""
     update_s = sum(meter.action_times(kind).median_s for kind in (Kind.REPORT, Kind.UPDATE))
-    return Measured(meter.stage_index, meter.action_times(Kind.FORWARD), meter.action_times(Kind.BACKWARD), update_s, link)
+    forward, backward = meter.action_times(Kind.FORWARD), meter.action_times(Kind.BACKWARD)
+    return Measured(meter.stage_index, forward, backward, update_s, link, meter.bytes_per_microbatch)
 
 
-def gather_costs(mine: Sequence[Measured]) -> Costs:
-    """The pipeline that this rank and all others have measured: of several replicas the slowest of each. Collective."""
+def gather(mine: Sequence[Measured]) -> list[Measured]:
+    """What this rank and all others have measured. Collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(mine))
-    return costs_of([each for theirs in gathered for each in theirs])
+    return [each for theirs in gathered for each in theirs]
 
 
 def costs_of(measured: Sequence[Measured]) -> Costs:
-    """For the simulator. A message's time stands for its size: only their ratio counts."""
+    """For the simulator: of several replicas the slowest of each. A message's time stands for its size: only their ratio
+    counts.
+    """
     by_stage = [
         [each for each in measured if each.stage_index == stage]
         for stage in range(1 + max(each.stage_index for each in measured))
@@ -142,9 +156,10 @@ def choice_line(iteration: int, plan: Plan, found: dict[str, Any]) -> str:
         return " ".join(f"{value:.3g}" for value in found[name])
 
     by_link = ",".join(map(str, plan.slack))
+    each = f" of {found['bytes_per_microbatch'] / 1e6:.3g} MB" if found.get("bytes_per_microbatch") else ""
     begins = (
-        f"in flight from iteration {iteration + 1} on: {by_link} more by link, {plan.max_in_flight(0)} micro-batches at the "
-        f"first stage, drift of at most {plan.max_drift(0)} updates"
+        f"in flight from iteration {iteration + 1} on: {by_link} more by link, {plan.max_in_flight(0)} micro-batches{each} "
+        f"at the first stage, drift of at most {plan.max_drift(0)} updates"
     )
     if not found:
         return f"{begins}, as the run with auto chose"

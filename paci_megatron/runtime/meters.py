@@ -84,6 +84,7 @@ class StageMeter:
         self.device = device
         self.beside: tuple[StageMeter, ...] = ()  # of the other stages of this process, where each has its share of the time
         self.saved_activation_bytes: int | None = None  # the most that was left for backwards, where it was counted
+        self.bytes_per_microbatch: float | None = None  # of that, while the pipeline was full
         self._busy = Stopwatch(device)
         self._drift_bound = 0
         self._in_flight_bound = 0

@@ -51,6 +51,20 @@ def test_a_run_measures_chooses_and_can_be_done_again(
     assert run[-1].losses[:MEASURED] == without[-1].losses[:MEASURED] and run[-1].losses != without[-1].losses
 
 
+def test_a_budget_in_bytes_is_kept(pool: GetPool, corpus: str, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    argv = [*arguments(corpus, 2, 2, iters=MEASURED + 6), *PACI, "--paci-extra-in-flight", "auto"]
+    argv += ["--paci-metrics-file", str(metrics), "--paci-memory-budget"]
+    pool(2).run("train", argv=[*argv, "1kB"], within=slow_links)
+    (choice,) = choices(metrics)
+    each = choice["bytes_per_microbatch"]
+    assert choice["slack"] == [0] and each > 1000, "nothing more fits"
+    pool(2).run("train", argv=[*argv, f"{3.5 * each / 1000}kB"], within=slow_links)
+    assert choices(metrics)[-1]["slack"] == [1], "three fit"
+    peaks = [event["saved_activation_bytes"][0] for event in read_metrics(metrics) if event["event"] == "memory"]
+    assert peaks[0] == 2 * each
+
+
 def test_a_resumed_run_keeps_what_was_chosen(pool: GetPool, corpus: str, tmp_path: Path) -> None:
     metrics, iters = tmp_path / "metrics.jsonl", MEASURED + 6
     at = ["--save-interval", str(MEASURED + 2), "--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved")]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from paci_megatron.arguments import add_paci_arguments
-from paci_megatron.config import ConfigError, Extra, PaciConfig, check_num_stages, count_stages, extra_of
+from paci_megatron.config import ConfigError, Extra, PaciConfig, check_num_stages, count_stages, extra_of, memory_budget
 from paci_megatron.platform.shared_gpu import check_host_link_on_gpu
 from paci_megatron.plugin.options import NUMBERS, check_emulation, check_options, together
 from paci_megatron.schedule.vee import fold
@@ -134,7 +134,6 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
             "or auto, or the metrics file of a run with auto",
         ),
         ("paci_drain_interval", (0, -1), "at least 1 update"),
-        ("paci_memory_budget", (0, -2), "a number of micro-batches"),
         ("paci_transfer_ctas", (0, -4, 65), "1 to 64 thread blocks"),
     ],
 )
@@ -307,17 +306,33 @@ def test_the_host_link_is_refused_where_it_cannot_work() -> None:
 def test_auto_has_twice_the_activations_unless_told_otherwise() -> None:
     none = (0, (0, 0, 0))
     assert extra_of(namespace(paci_extra_in_flight="auto")) == Extra((none,), most=4, is_auto=True)
-    assert extra_of(namespace(paci_extra_in_flight="auto", paci_memory_budget=6)) == Extra((none,), most=2, is_auto=True)
+    assert extra_of(namespace(paci_extra_in_flight="auto", paci_memory_budget="6")) == Extra((none,), most=2, is_auto=True)
+    in_bytes = Extra((none,), most=4, is_auto=True, most_bytes=12_500_000_000)
+    assert extra_of(namespace(paci_extra_in_flight="auto", paci_memory_budget="12.5GB")) == in_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("7", (7, None)), ("3B", (None, 3)), ("1.5 kb", (None, 1500)), ("2GiB", (None, 2 << 30)), ("1TB", (None, 10**12))],
+)
+def test_a_budget_is_of_micro_batches_or_bytes(text: str, found: tuple[int | None, int | None]) -> None:
+    assert memory_budget(text) == found and memory_budget(None) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "1.5", "12G", "GB", "0GB", "0.1B", "nan", "1e9", "many", "3 4"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--paci-memory-budget {text}: must be a number of micro-batches, or of bytes"):
+        memory_budget(text)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (
-            {"paci_extra_in_flight": "auto", "paci_memory_budget": 3},
+            {"paci_extra_in_flight": "auto", "paci_memory_budget": "3"},
             "in flight at the first without any more",
         ),
-        ({"paci_memory_budget": 8}, "--paci-memory-budget 8 with --paci-extra-in-flight 0: it bounds what auto chooses"),
+        ({"paci_memory_budget": "8"}, "--paci-memory-budget 8 with --paci-extra-in-flight 0: it bounds what auto chooses"),
         ({"paci_extra_in_flight": "auto", "paci_emulate_stages": 4}, "emulated stages take turns and wait for nobody"),
         ({"paci_extra_in_flight": "auto", "pipeline_schedule": "1f1b"}, "a flush leaves nothing in flight"),
     ],

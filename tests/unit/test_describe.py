@@ -45,6 +45,9 @@ def test_auto_says_when_it_chooses_and_what_bounds_it() -> None:
     line = describe(PaciConfig(4, extra=Extra(((0, (0, 0, 0)),), most=4, is_auto=True)), 0.0, 2)[-1]
     assert line.startswith("--paci-extra-in-flight auto: after 12 updates the pipeline drains once")
     assert line.endswith("at most 8 micro-batches in flight at the first stage, drift of at most 4 updates")
+    bytes_too = Extra(((0, (0, 0, 0)),), most=4, is_auto=True, most_bytes=12_500_000_000)
+    line = describe(PaciConfig(4, extra=bytes_too), 0.0, 2)[-1]
+    assert line.endswith("in flight at the first stage with 12.5 GB of activations, drift of at most 4 updates")
 
 
 def test_a_v() -> None:

@@ -133,6 +133,13 @@ def test_a_run_that_chooses_drains_once_and_a_resumed_one_keeps_what_it_has() ->
         assert choices(other, iteration=20, is_auto=True).drains(20, plan.record_lag) == [32]
 
 
+@pytest.mark.parametrize(("most_bytes", "more"), [(None, 3), (0.7e9, 0), (0.8e9, 1), (0.99e9, 1), (1.0e9, 2), (9e9, 3)])
+def test_a_budget_of_bytes_holds_as_many_as_fit(most_bytes: int | None, more: int) -> None:
+    """Beside the three that the first of three stages needs, of 200 MB each."""
+    assert choices(is_auto=True, most_bytes=most_bytes)._most(3, 200e6) == more
+    assert most_bytes is None or choices(is_auto=True, most_bytes=most_bytes)._most(3, 0.0) == 0, "not measured"
+
+
 def test_a_run_that_is_done_again_drains_where_the_first_one_chose() -> None:
     again = choices(choices=((0, (0, 0)), (12, (1, 2)), (30, (0, 1))))
     assert again.drains(0, 2) == [12, 30] and not again.is_due(100, Plan("paci", 3, 2))
