@@ -99,6 +99,7 @@ class Analysis:
             for other, results in self.by_arm.items()
             if (other.batch_size, other.microbatches_per_update) == (arm.batch_size, arm.microbatches_per_update)
             and (other.recompute, other.optimizer, other.bf16) == (arm.recompute, arm.optimizer, arm.bf16)
+            and (other.schedule == "paci-v") == (arm.schedule == "paci-v")  # whose stages are others
             for result in results
         ]
         return timing.seconds_per_microbatch(same)

@@ -6,7 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
+
+from paci_megatron.schedule.plan import Plan
+from paci_megatron.schedule.vee import fold
 
 
 class StudyError(Exception):
@@ -49,13 +53,13 @@ class Arm:
         return (
             not (self.clip_grad or self.recompute or self.start_fraction or self.bf16 or self.by_stage)
             and (self.optimizer, self.lr_factor, self.beta1) == ("adam", 1, 0.9)
-            and self.weight_policy == "latest"
+            and (self.schedule, self.weight_policy) in (("1f1b", "latest"), ("paci", "latest"))
         )
 
     @property
     def name(self) -> str:
         """The folder's name, and what ``--arms`` selects by: ``paci-b16-a8``, ``flush-b16-a8``, ``paci-b16-a2-clip``."""
-        parts = ["flush" if self.is_flush else "paci", f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
+        parts = ["flush" if self.is_flush else self.schedule, f"b{self.batch_size}", f"a{self.microbatches_per_update}"]
         parts += ["clip"] * bool(self.clip_grad) + ["recompute"] * self.recompute
         parts += [self.optimizer] * (self.optimizer != "adam")
         parts += [f"lr{self.lr_factor:g}"] * (self.lr_factor != 1)
@@ -71,12 +75,21 @@ class Arm:
         return f"{'1F1B-flush' if self.is_flush else 'PACI'} a={self.microbatches_per_update}"
 
     def max_drift(self, num_stages: int) -> int:
-        """The bound on any micro-batch's drift, in updates; the first stage reaches it."""
-        return 0 if self.is_flush else math.ceil((num_stages - 1) / self.microbatches_per_update)
+        """The bound on any micro-batch's drift, in updates; the first stage reaches it. ``num_stages`` counts a V's
+        processes.
+        """
+        return 0 if self.is_flush else self._plan(num_stages).max_drift(0)
 
     def mean_drift(self, num_stages: int) -> float:
-        """The mean drift over stages and micro-batches in steady state: (N-1)/(2a)."""
-        return 0.0 if self.is_flush else (num_stages - 1) / (2 * self.microbatches_per_update)
+        """The mean drift over stages and micro-batches in steady state; PACI's is (N-1)/(2a)."""
+        plan = self._plan(num_stages)
+        return 0.0 if self.is_flush else fmean(plan.mean_drift(stage) for stage in range(plan.num_stages))
+
+    def _plan(self, num_stages: int) -> Plan:
+        if self.schedule != "paci-v":
+            return Plan(self.schedule, num_stages, self.microbatches_per_update)
+        folded = fold(num_stages)
+        return Plan(self.schedule, 2 * num_stages, self.microbatches_per_update, folded.slack, folded=folded)
 
 
 @dataclass(frozen=True)
@@ -248,6 +261,13 @@ def _best() -> Study:
     return dataclasses.replace(_small(), name="best", tokens=327_680, arms=arms)
 
 
+def _paci_v() -> Study:
+    """Four processes, each with a stage of two layers or, in a V, two stages of one; at twice the small study's rate."""
+    vee = (Arm("paci-v", a, 32, is_extra=True) for a in (4, 8))
+    arms = (*_pairs((32,), (4, 8), repeat_flush=False), *vee)
+    return dataclasses.replace(_small(), name="paci-v", num_stages=4, peak_lr=3e-4, arms=arms)
+
+
 def _processes() -> Study:
     model = {"num-layers": 3, "account-for-loss-in-pipeline-split": None, "hidden-size": 160, "num-attention-heads": 2}
     return Study(
@@ -311,4 +331,11 @@ def _gpt2_medium() -> Study:
     )
 
 
-SETS = {"small": _small, "best": _best, "processes": _processes, "smoke": _smoke, "gpt2-medium": _gpt2_medium}
+SETS = {
+    "small": _small,
+    "best": _best,
+    "paci-v": _paci_v,
+    "processes": _processes,
+    "smoke": _smoke,
+    "gpt2-medium": _gpt2_medium,
+}

@@ -116,15 +116,16 @@ def training_command(study: Study, arm: Arm, seed: int, data: Data, folder: Path
     # An index of its own: runs that start together would write the same files.
     command += ["--test-data-path", data.valid_path, "--data-cache-path", str(folder / "index-cache")]
     command += ["--save", checkpoints, "--load", checkpoints]
-    return command if arm.is_flush else [*command, "--pipeline-schedule", "paci"]
+    return command if arm.is_flush else [*command, "--pipeline-schedule", arm.schedule]
 
 
 def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
     iterations = study.train_iters(arm)
     period = iterations // study.num_periods
     lr = study.lr(arm)
+    stages = study.num_stages * (2 if arm.schedule == "paci-v" and study.is_emulated else 1)
     flags: dict[str, Any] = {
-        "paci-emulate-stages" if study.is_emulated else "pipeline-model-parallel-size": study.num_stages,
+        "paci-emulate-stages" if study.is_emulated else "pipeline-model-parallel-size": stages,
         **study.flags,
         "seq-length": study.seq_length,
         "max-position-embeddings": study.seq_length,

@@ -92,7 +92,7 @@ def _final(report: dict[str, Any]) -> list[str]:
             "arm",
             "seeds",
             "max drift",
-            "stage mean drift (N-1)/(2a)",
+            "stage mean drift",
             "drift, of the weights",
             "validation loss",
             "validation perplexity",
