@@ -19,7 +19,7 @@ from paci_megatron.runtime.meters import StageFigures, StageMeter, together_idle
 from paci_megatron.telemetry.metrics_file import MetricsFile
 
 from .drains import Drains
-from .log import PREFIX, print_last_rank
+from .log import PREFIX, print_last_rank, print_line
 from .run_header import run_header
 
 
@@ -85,7 +85,7 @@ class RunMonitor:
     def log_interval(self, iteration: int) -> None:
         """Megatron has logged ``iteration``: print what is known of all stages, write the interval's mean loss and time."""
         if self._speaks and self._schedule != "1f1b" and self._total is not None:
-            print(interval_line(iteration, *self._total, self._skipped), flush=True)
+            print_line(interval_line(iteration, *self._total, self._skipped))
         if self._file is None or not self._losses:
             return
         train_s, count = self._train_s(), len(self._losses)
@@ -157,7 +157,7 @@ class RunMonitor:
         if not self._speaks:
             return
         if self._schedule != "1f1b":
-            print(stage_line(iteration, figures), flush=True)
+            print_line(stage_line(iteration, figures))
             _write_scalars(_stage_scalars(figures), iteration)
         if self._file is not None:
             stages = [each.as_dict() for each in figures]

@@ -20,9 +20,13 @@ def losses(output: str, name: str) -> list[str]:
 
 
 def set_up(output: str) -> list[str]:
-    """What the plugin prints before the first iteration; the list of all arguments is Megatron's."""
-    before = re.split(r"^ \[.*iteration +1/", output, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
-    return [line for line in before if "paci" in line and not re.fullmatch(r" +\w+ \.+ .*", line)]
+    """What the plugin prints before the first iteration; the list of all arguments is Megatron's.
+
+    Each of our lines is one write, but may follow one of another process that has not ended yet.
+    """
+    before = re.split(r" \[.*iteration +1/", output, maxsplit=1)[0].splitlines()
+    lines = [line for line in before if "paci" in line and not re.fullmatch(r" +\w+ \.+ .*", line)]
+    return [re.sub(r"^.*?(?=paci-megatron: )", "", line) for line in lines]
 
 
 _WARNING = r"(?:WARNING:|\[W\d|\w+\.py:\d+: \w*Warning:)"
