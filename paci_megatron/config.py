@@ -102,10 +102,10 @@ class PaciConfig:
                 f"{args.virtual_pipeline_model_parallel_size} model chunks on a stage; paci schedules one. Write a layout "
                 f"with {num_stages} stages."
             )
-        if getattr(args, "use_layer_wise_distributed_optimizer", False):
+        if getattr(args, "use_layer_wise_distributed_optimizer", False) and not args.bf16:
             raise ConfigError(
-                f"--optimizer {args.optimizer} with --use-distributed-optimizer: Megatron then spreads whole layers over "
-                "ranks and takes the gradient norm over the world. Remove --use-distributed-optimizer."
+                f"--optimizer {args.optimizer} with --use-distributed-optimizer and without --bf16: Megatron's optimizer "
+                "that spreads whole layers over ranks works in bf16 only. Add --bf16, or remove --use-distributed-optimizer."
             )
         _check_layout(args)
         _check_packing(args)

@@ -67,13 +67,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused("--use-megatron-fsdp", "use_megatron_fsdp", "parameters are gathered and freed per flush", _REMOVE),
     Refused("--use-torch-fsdp2", "use_torch_fsdp2", "parameters are gathered and freed per flush", _REMOVE),
     Refused(
-        "--optimizer",
-        "optimizer",
-        "it spreads whole layers over ranks, and its norm is taken over the world",
-        "Use --optimizer muon without --use-distributed-optimizer",
-        lambda value: value == "dist_muon",
-    ),
-    Refused(
         "--perform-rl-step", "perform_rl_step", "reinforcement learning needs a flushed pipeline in every step", _REMOVE
     ),
     Refused("--logits-load-dir", "logits_load_dir", *_LOGITS),
@@ -215,12 +208,18 @@ def adapt_flags(args: argparse.Namespace) -> list[str]:
 
 def gather_in_the_step(args: argparse.Namespace) -> list[str]:
     """Switch ``--overlap-param-gather`` off where it would gather in the gradients' memory; the line that says so."""
-    if not (getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False) and args.overlap_param_gather):
+    if not getattr(args, "overlap_param_gather", False):
+        return []
+    if getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False):
+        cause = "--reuse-grad-buf-for-mxfp8-param-ag"
+    elif args.optimizer not in ("adam", "sgd"):  # which Megatron then spreads by whole layers
+        cause = f"--optimizer {args.optimizer}"
+    else:
         return []
     args.overlap_param_gather = False
     return [
-        "--overlap-param-gather is off under paci: with --reuse-grad-buf-for-mxfp8-param-ag the new weights are gathered "
-        "where the next backward's gradients go; the gather is waited for in the update"
+        f"--overlap-param-gather is off under paci: with {cause} the new weights may be gathered where the next backward's "
+        "gradients go; the gather is waited for in the update"
     ]
 
 

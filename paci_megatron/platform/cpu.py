@@ -304,6 +304,16 @@ def wrap_set_jit_fusion_options(original: Callable[..., None]) -> Callable[..., 
     return set_jit_fusion_options
 
 
+def wrap_allgather_params(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap the layer-wise optimizer's all-gather of parts of different sizes, of which gloo takes only equal ones."""
+
+    @functools.wraps(original)
+    def allgather_params(self: Any) -> None:
+        self.broadcast_params()
+
+    return allgather_params
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, name, stand-in) for every torch name that would need a device."""
     cuda, stream = torch.cuda, _Stream()

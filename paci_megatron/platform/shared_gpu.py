@@ -40,9 +40,10 @@ def check_host_link_on_gpu(args: argparse.Namespace) -> None:
         ("--context-parallel-size", "context_parallel_size", 1),
         ("--expert-model-parallel-size", "expert_model_parallel_size", 1),
         ("--use-distributed-optimizer", "use_distributed_optimizer", False),
+        ("--use-distributed-optimizer", "use_layer_wise_distributed_optimizer", False),
         ("--overlap-grad-reduce", "overlap_grad_reduce", False),
     ):
-        value = getattr(args, name)
+        value = getattr(args, name, allowed)
         if value != allowed:
             shown = flag if value is True else f"{flag} {value}"
             raise ConfigError(

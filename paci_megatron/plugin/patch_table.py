@@ -371,4 +371,12 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "would compile fused functions that are off without CUDA, for ten seconds and more",
         cpu_only=True,
     ),
+    PatchPoint(
+        "megatron.core.optimizer.layer_wise_optimizer",
+        "LayerWiseDistributedOptimizer.allgather_params",
+        cpu.wrap_allgather_params,
+        "self",
+        "gathers parts of different sizes, which gloo refuses",
+        cpu_only=True,
+    ),
 )

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from paci_megatron.runtime.look_ahead import LookAhead
 from paci_megatron.runtime.meters import StageMeter
 from paci_megatron.runtime.saved import SavedActivations
 from paci_megatron.runtime.state import UpdateResult
+from paci_megatron.runtime.steps import parts_of
 from paci_megatron.runtime.turns import Turns, run_to_update
 from paci_megatron.schedule import Action, Kind
 from paci_megatron.schedule.plan import Plan
@@ -310,19 +312,30 @@ class Run:
 def keep_gradient_statistics_within_stage(optimizers: Sequence[Any], args: argparse.Namespace) -> None:
     """Make Megatron's optimizers reduce gradient norms over the ranks that share their stage only. Collective.
 
-    By default they reduce over all stages (``megatron.core.optimizer``: model-parallel group, or all stages of an instance
-    of the distributed optimizer), in every step, even without clipping.
+    By default they reduce over all stages (``megatron.core.optimizer``: model-parallel group, all stages of an instance
+    of the distributed optimizer, or the world), in every step, even without clipping.
     """
+    from megatron.core.optimizer import ChainedOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     shards = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if (args.num_distributed_optimizer_instances or 1) > 1:  # each instance has all the gradients of the stage
         instance = parallel_state.get_intra_distributed_optimizer_instance_group()
         ranks = set(get_process_group_ranks(shards)) & set(get_process_group_ranks(instance))
         (shards,) = create_groups([Wanted("PACI_INSTANCE", tuple(sorted(ranks)))], make_group(args))
-    for part in (part for whole in optimizers for part in getattr(whole, "chained_optimizers", [whole])):
+    layer_wise = [
+        chain
+        for whole in optimizers
+        for chain in (whole, *getattr(whole, "chained_optimizers", ()))
+        if isinstance(chain, LayerWiseDistributedOptimizer)
+    ]
+    for chain in layer_wise:  # its own norm is one over the world, whatever group its parts have
+        chain.get_grad_norm = MethodType(ChainedOptimizer.get_grad_norm, chain)
+    spread = {id(part) for chain in layer_wise for part in parts_of(chain)}
+    for part in (part for whole in optimizers for part in parts_of(whole)):
         holds_experts = any(group.get("is_expert_parallel") for group in part.param_groups)
-        if isinstance(part, DistributedOptimizer):
+        if isinstance(part, DistributedOptimizer) or id(part) in spread:
             part.grad_stats_parallel_group = shards
         elif holds_experts:
             part.grad_stats_parallel_group = parallel_state.get_expert_tensor_and_model_parallel_group()

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .steps import parts_of
+
 
 class LookAhead:
     """Writes a stage's model weights as the optimizer's main parameters, moved on by ``delay`` times their last update.
@@ -26,11 +28,8 @@ class LookAhead:
         """``optimizer`` is Megatron's, ``model`` its data-parallel wrapper, of a stage."""
         self.delay = 0.0  # updates; 0 casts as Megatron does
         self._model = model
-        self._parts = [
-            part
-            for part in getattr(optimizer, "chained_optimizers", [optimizer])
-            if not getattr(part, "is_stub_optimizer", False)
-        ]
+        self._optimizer = optimizer
+        self._parts = [part for part in parts_of(optimizer) if not getattr(part, "is_stub_optimizer", False)]
         for part in self._parts:
             if is_muon(part.optimizer):
                 _keep_updates(part.optimizer)
@@ -46,6 +45,8 @@ class LookAhead:
         config = self._model.ddp_config
         if config.use_distributed_optimizer and not config.overlap_param_gather:  # or the next forward gathers, as always
             self._model.start_param_sync(force_sync=True)
+        elif hasattr(self._optimizer, "allgather_params"):  # the layer-wise optimizer without a buffer of parameters
+            self._optimizer.allgather_params()
 
     def _cast_ahead(self, part: Any, cast: Callable[[], None]) -> None:
         with _moved_on(part, self.delay) if self.delay else contextlib.nullcontext():

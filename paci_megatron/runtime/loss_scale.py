@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .steps import parts_of
+
 
 class LossScale:
     """What the losses of each window are multiplied by, and its gradients divided by.
@@ -25,9 +27,7 @@ class LossScale:
     def __init__(self, optimizer: Any) -> None:
         """``optimizer`` is Megatron's. The scale is 1 where it has no ``grad_scaler``."""
         self._parts = [
-            (part, part.grad_scaler)
-            for part in getattr(optimizer, "chained_optimizers", [optimizer])
-            if getattr(part, "grad_scaler", None) is not None
+            (part, part.grad_scaler) for part in parts_of(optimizer) if getattr(part, "grad_scaler", None) is not None
         ]
         self._rule: Any = None  # on the host, while a plan runs
         self._lag = 0

@@ -10,6 +10,12 @@ from typing import Any
 import torch
 
 
+def parts_of(optimizer: Any) -> list[Any]:
+    """The optimizers that a Megatron optimizer chains, itself if none. The layer-wise one can be a chain in a chain."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if chained is None else [part for link in chained for part in parts_of(link)]
+
+
 class OptimizerSteps:
     """Says what of a stage's optimizer an update steps: all of it, or in a skipped one nothing but the tied embedding.
 
@@ -22,9 +28,7 @@ class OptimizerSteps:
     def __init__(self, optimizer: Any) -> None:
         """``optimizer`` is Megatron's."""
         self._optimizer = optimizer
-        self._groups = [
-            group for part in getattr(optimizer, "chained_optimizers", [optimizer]) for group in part.param_groups
-        ]
+        self._groups = [group for part in parts_of(optimizer) for group in part.param_groups]
         self._tied_ahead = 0  # steps of the tied embedding more than of its group
         self._counts_by_group = False
         # Then a step gathers the new weights in the gradients' memory, and leaves no gradients for a second step.

@@ -16,6 +16,7 @@ from tests.support.jobs import TrainingResult
 from tests.support.pool import JobError
 
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
+LAYER_WISE = (*DISTRIBUTED_OPTIMIZER, "--optimizer", "muon", "--bf16")
 RESHARDABLE = (*DISTRIBUTED_OPTIMIZER, "--dist-ckpt-optim-fully-reshardable")
 ASYNCHRONOUS = ("--async-save", "--async-strategy", "mcore")
 WITHOUT_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
@@ -72,6 +73,7 @@ def assert_is_the_rest_of(whole: list[TrainingResult], part: list[TrainingResult
         pytest.param(2, 1, (), id="2-stages"),
         pytest.param(4, 1, (), id="4-stages"),
         pytest.param(2, 2, DISTRIBUTED_OPTIMIZER, id="distributed-optimizer"),
+        pytest.param(2, 2, LAYER_WISE, id="layer-wise"),
         *slow((2, 1, ASYNCHRONOUS), (2, 2, (*RESHARDABLE, "--bf16")), ids=("asynchronous-save", "reshardable-bf16")),
     ],
 )

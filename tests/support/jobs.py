@@ -38,6 +38,7 @@ class TrainingResult:
     losses: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)  # the loss scale in the log, by iteration
+    norms: list[float | None] = field(default_factory=list)  # of the gradients, in the log, by iteration
     skipped: list[int] = field(default_factory=list)  # 1 for each iteration whose update this rank has skipped
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     stage_weights: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -231,6 +232,7 @@ def _recorded(training: Any, result: TrainingResult) -> Iterator[list[Any]]:
         result.losses.extend(float(loss) for loss in loss_dict.values())
         result.scales.append(args[3])
         result.skipped.append(args[5])
+        result.norms.append(args[6])
         return originals["training_log"](loss_dict, *args, **kwargs)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,7 @@ LATE = [
     (f"{PACI} --pipeline-model-parallel-layout Et|t|t|tL", "Number of decoder layers 4"),
     (f"{PACI} --paci-transfer-timeout 1000", "--paci-transfer-timeout 1000 with --distributed-timeout-minutes 10"),
     (f"{PACI} --paci-strict --log-energy", "--paci-strict: --log-energy is off under paci"),
-    (f"{PACI} --optimizer muon --use-distributed-optimizer", "--optimizer muon"),
+    (f"{PACI} --optimizer muon --use-distributed-optimizer", "--optimizer muon with --use-distributed-optimizer"),
     (f"{PACI} --context-parallel-size 2 --paci-weight-policy double-buffer", "process"),
     (f"{PACI} --paci-look-ahead", "--paci-look-ahead in fp32: the model's weights are the optimizer's own"),
     (f"{PACI} --paci-look-ahead --bf16 --optimizer sgd", "--paci-look-ahead with --optimizer sgd: how far it moves"),

@@ -99,6 +99,10 @@ def test_all_reasons_come_at_once() -> None:
             {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|t|t|t|t|tL"},
             r"--pipeline-model-parallel-layout E\|t.*2 model chunks.*layout with 4 stages",
         ),
+        (
+            {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True, "bf16": False},
+            r"^--optimizer muon with --use-distributed-optimizer and without --bf16: .* bf16 only. Add --bf16, or remove",
+        ),
         ({**AHEAD, "bf16": False}, r"^--paci-look-ahead in fp32: the model's weights are the optimizer's own.*Add --bf16"),
         ({**AHEAD, "optimizer": "soap"}, r"^--paci-look-ahead with --optimizer soap: how far .* known of Adam and Muon"),
         (
@@ -297,8 +301,12 @@ def test_the_host_link_is_refused_where_it_cannot_work() -> None:
         "overlap_grad_reduce": False,
     }
     check_host_link_on_gpu(namespace(**fitting))
-    for name, value in (("tensor_model_parallel_size", 2), ("use_distributed_optimizer", True)):
-        flag = "--" + name.replace("_", "-")
+    for name, value in (
+        ("tensor_model_parallel_size", 2),
+        ("use_distributed_optimizer", True),
+        ("use_layer_wise_distributed_optimizer", True),  # as which Megatron takes the same flag with Muon
+    ):
+        flag = "--" + name.replace("_layer_wise", "").replace("_", "-")
         with pytest.raises(ConfigError, match=f"--paci-link host with {flag}.* on a GPU.*Remove {flag}"):
             check_host_link_on_gpu(namespace(**{**fitting, name: value}))
 

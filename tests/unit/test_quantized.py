@@ -47,12 +47,14 @@ def test_older_versions_of_quantised_weights_are_refused(flag: str) -> None:
 
 
 def test_the_gather_in_the_gradients_memory_is_waited_for() -> None:
-    args = argparse.Namespace(reuse_grad_buf_for_mxfp8_param_ag=True, overlap_param_gather=True)
-    (line,) = gather_in_the_step(args)
-    assert not args.overlap_param_gather and line.startswith(
-        "--overlap-param-gather is off under paci: with --reuse-grad-buf"
-    )
-    assert gather_in_the_step(args) == []
+    for changes, cause in (
+        ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf"),
+        ({"optimizer": "dist_muon"}, "--optimizer dist_muon"),
+    ):
+        args = argparse.Namespace(**{"optimizer": "adam", "overlap_param_gather": True, **changes})
+        (line,) = gather_in_the_step(args)
+        assert not args.overlap_param_gather and line.startswith(f"--overlap-param-gather is off under paci: with {cause}")
+        assert gather_in_the_step(args) == []
 
 
 def test_what_no_machine_has_run_is_said() -> None:
