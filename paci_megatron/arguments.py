@@ -84,7 +84,7 @@ def _add_paci_arguments(group: argparse._ArgumentGroup) -> None:
         "--paci-look-ahead",
         action="store_true",
         help="Forward with about the weights that the backward will meet: the optimizer's main parameters, moved on by the "
-        "stage's drift times Adam's last update. For training in 16 bits, where it needs no copy of the weights.",
+        "stage's drift times their last update. For Adam or Muon in 16 bits, where it needs no copy of the weights.",
     )
     group.add_argument(
         "--paci-strict",

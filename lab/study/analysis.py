@@ -99,7 +99,7 @@ class Analysis:
             for other, results in self.by_arm.items()
             if (other.batch_size, other.microbatches_per_update) == (arm.batch_size, arm.microbatches_per_update)
             and (other.recompute, other.optimizer, other.bf16) == (arm.recompute, arm.optimizer, arm.bf16)
-            and (other.schedule == "paci-v") == (arm.schedule == "paci-v")  # whose stages are others
+            and other.stages_per_process == arm.stages_per_process
             for result in results
         ]
         return timing.seconds_per_microbatch(same)
@@ -118,14 +118,17 @@ class Analysis:
         )
 
     def reference(self, arm: Arm) -> Arm | None:
-        """The flush arm of ``arm``'s batch, rate, optimizer and precision with the most seeds, the first of equals."""
-        setting = {name: getattr(arm, name) for name in ("batch_size", "lr_factor", "optimizer", "beta1", "bf16")}
+        """The flush arm of ``arm``'s batch, rate, optimizer, precision and stages with the most seeds, the first of equals."""
+        names = ("batch_size", "lr_factor", "optimizer", "beta1", "bf16", "stages_per_process")
+        setting = {name: getattr(arm, name) for name in names}
         flush = [
             other
             for other in self.arms
             if other.is_flush
             and dataclasses.replace(other, **setting) == other
-            and dataclasses.replace(other, lr_factor=1.0, optimizer="adam", beta1=0.9, bf16=False).is_plain
+            and dataclasses.replace(
+                other, lr_factor=1.0, optimizer="adam", beta1=0.9, bf16=False, stages_per_process=1
+            ).is_plain
         ]
         return max(flush, key=lambda arm: len(self.by_arm[arm]), default=None)
 

@@ -33,6 +33,7 @@ class Arm:
     weight_policy: str = "latest"
     bf16: bool = False
     look_ahead: bool = False
+    stages_per_process: int = 1
     by_stage: str = ""  # what is another on each stage, see by_stage.py
     is_extra: bool = False
     max_seeds: int | None = None
@@ -53,7 +54,7 @@ class Arm:
         return (
             not (self.clip_grad or self.recompute or self.start_fraction or self.bf16 or self.by_stage)
             and (self.optimizer, self.lr_factor, self.beta1) == ("adam", 1, 0.9)
-            and (self.schedule, self.weight_policy) in (("1f1b", "latest"), ("paci", "latest"))
+            and (self.weight_policy, self.stages_per_process) == ("latest", 1)
         )
 
     @property
@@ -66,6 +67,7 @@ class Arm:
         parts += [f"beta{self.beta1:g}"] * (self.beta1 != 0.9)
         parts += [f"start{self.start_fraction:.0%}".rstrip("%")] * bool(self.start_fraction)
         parts += [self.weight_policy] * (self.weight_policy != "latest")
+        parts += ["2-stages"] * (self.is_flush and self.stages_per_process == 2)
         parts += [f"{self.by_stage}-by-stage"] * bool(self.by_stage)
         return "-".join(parts + ["bf16"] * self.bf16 + ["ahead"] * self.look_ahead)
 
@@ -262,8 +264,14 @@ def _best() -> Study:
 
 
 def _paci_v() -> Study:
-    """Four processes, each with a stage of two layers or, in a V, two stages of one; at twice the small study's rate."""
-    vee = (Arm("paci-v", a, 32, is_extra=True) for a in (4, 8))
+    """Four processes, each with a stage of two layers or, in a V, two stages of one; at twice the small study's rate.
+
+    Each stage draws its first weights from a seed of its own, so a V is compared with a flush of as many stages.
+    """
+    vee = (
+        Arm(schedule, a, 32, stages_per_process=2, is_extra=True)
+        for schedule, a in (("1f1b", 4), ("paci-v", 4), ("paci-v", 8))
+    )
     arms = (*_pairs((32,), (4, 8), repeat_flush=False), *vee)
     return dataclasses.replace(_small(), name="paci-v", num_stages=4, peak_lr=3e-4, arms=arms)
 

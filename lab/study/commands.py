@@ -123,7 +123,7 @@ def _flags(study: Study, arm: Arm, seed: int, data: Data) -> dict[str, Any]:
     iterations = study.train_iters(arm)
     period = iterations // study.num_periods
     lr = study.lr(arm)
-    stages = study.num_stages * (2 if arm.schedule == "paci-v" and study.is_emulated else 1)
+    stages = study.num_stages * (arm.stages_per_process if study.is_emulated else 1)
     flags: dict[str, Any] = {
         "paci-emulate-stages" if study.is_emulated else "pipeline-model-parallel-size": stages,
         **study.flags,
