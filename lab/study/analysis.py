@@ -118,7 +118,7 @@ class Analysis:
         )
 
     def reference(self, arm: Arm) -> Arm | None:
-        """The flush arm of ``arm``'s batch, rate, optimizer, precision and stages with the most seeds, the first of equals."""
+        """Flush of the same batch, rate, optimizer, precision and stages with the most seeds, or the first."""
         names = ("batch_size", "lr_factor", "optimizer", "beta1", "bf16", "stages_per_process")
         setting = {name: getattr(arm, name) for name in names}
         flush = [
