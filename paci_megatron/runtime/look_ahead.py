@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,13 +76,10 @@ def _moved_on(part: Any, delay: float) -> Iterator[None]:
     main = {id(parameter) for group in groups for parameter in group}
     now = []
     for group in part.optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in main and parameter.grad is not None:
-                if is_muon(part.optimizer):
-                    torch.sub(parameter.data, parameter.grad, alpha=delay * group["lr"], out=parameter.grad)
-                else:
-                    _write_moved_on(parameter, group, part.optimizer.state[parameter], delay, out=parameter.grad)
-                now.append((parameter, parameter.data))
+        moved = [each for each in group["params"] if id(each) in main and each.grad is not None]
+        if moved:
+            _move_on(part.optimizer, group, moved, delay)
+        now += [(parameter, parameter.data) for parameter in moved]
     for parameter, _ in now:
         parameter.data = parameter.grad
     try:
@@ -94,16 +90,25 @@ def _moved_on(part: Any, delay: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _write_moved_on(
-    parameter: torch.Tensor, group: dict[str, Any], state: dict[str, Any], delay: float, out: torch.Tensor
-) -> None:
-    beta1, beta2 = group["betas"]
-    step = state.get("step", group.get("step"))  # by parameter in PyTorch's Adam, by group in Transformer Engine's
-    size = torch.sqrt(state["exp_avg_sq"], out=out)
-    size.div_(_sqrt(1 - beta2**step)).add_(group["eps"]).mul_(1 - beta1**step)
-    torch.addcdiv(parameter, state["exp_avg"], size, value=-delay * group["lr"], out=out)
+def _move_on(optimizer: Any, group: dict[str, Any], parameters: list[torch.Tensor], delay: float) -> None:
+    """Write ``parameters`` of a ``group``, as they would be ``delay`` updates later, into their gradients."""
+    result: list[Any] = [parameter.grad for parameter in parameters]
+    if not is_muon(optimizer):
+        beta1, beta2 = group["betas"]
+        states = [optimizer.state[parameter] for parameter in parameters]
+        # By parameter in PyTorch's Adam, by group in Transformer Engine's; on a device or not.
+        steps = [_on_host(state.get("step", group.get("step"))) for state in states]
+        torch._foreach_copy_(result, [state["exp_avg_sq"] for state in states])
+        torch._foreach_sqrt_(result)
+        torch._foreach_div_(result, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(result, group["eps"])
+        torch._foreach_mul_(result, [1 - beta1**step for step in steps])
+        torch._foreach_reciprocal_(result)
+        torch._foreach_mul_(result, [state["exp_avg"] for state in states])
+    torch._foreach_mul_(result, -delay * group["lr"])
+    torch._foreach_add_(result, [parameter.data for parameter in parameters])
 
 
-def _sqrt(value: Any) -> Any:
-    """Of a number, or of a tensor of one wherever that is: nothing here waits for a device."""
-    return value.sqrt() if isinstance(value, torch.Tensor) else math.sqrt(value)
+def _on_host(step: Any) -> Any:
+    """A number where that needs no wait for a device."""
+    return step.item() if isinstance(step, torch.Tensor) and step.device.type == "cpu" else step
