@@ -24,11 +24,17 @@ def wrap_sharded_state_dict(original: Function) -> Function:
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *positional: Any, **named: Any
     ) -> Any:
         adam = self.optimizer
-        if is_loading and isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and not adam.state:
+        if not is_loading or not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            return original(self, model_sharded_state_dict, is_loading, *positional, **named)
+        if not adam.state:
             self.init_state_fn(adam, self.config)
             for state in adam.state.values():
                 state["step"] = torch.tensor(0.0)
-        return original(self, model_sharded_state_dict, is_loading, *positional, **named)
+        state_dict = original(self, model_sharded_state_dict, is_loading, *positional, **named)
+        # It has made all counts one tensor, and while another stage of the process is loaded nobody would mend that here.
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+        return state_dict
 
     return sharded_state_dict
 

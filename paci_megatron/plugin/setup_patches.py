@@ -261,7 +261,7 @@ def wrap_generate_state_dict(original: Function) -> Function:
         stages = run.stages
         if run.is_loading:
             stages = sorted(stages, key=lambda stage: unwrap_model(stage.model) is not unwrap_model(model)[0])
-        return stage_set.generate_state_dict(original, stages, run.args_to_save(args), **named)
+        return stage_set.generate_state_dict(original, stages, run.args_to_save(args), run.is_loading, **named)
 
     return generate_state_dict
 

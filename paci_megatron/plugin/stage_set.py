@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from paci_megatron.runtime.meters import StageMeter
+from paci_megatron.runtime.steps import parts_of
 from paci_megatron.schedule import Kind
 
 from .run import Run
@@ -195,8 +198,20 @@ def _build_stage(
         # Where fused functions are warmed up, that draws random numbers, after seeding and before the model is built.
         training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
         model, optimizer, scheduler = setup(*positional, **{**named, "pg_collection": world.groups})
+    _number_as_own_process(optimizer, world)
     meter = StageMeter(index, num_stages, torch.device(next(model[0].parameters()).device))
     return Stage(index, num_stages, model[0], optimizer, scheduler, world.groups, meter, world.active)
+
+
+def _number_as_own_process(optimizer: Any, world: StageWorld) -> None:
+    """The distributed optimizer names its part of a checkpoint by its rank in a group of all stages' processes."""
+    num_processes = parallel_state.get_pipeline_model_parallel_group().size()
+    for part in parts_of(optimizer):
+        if hasattr(part, "data_parallel_group_idx"):
+            holds_experts = any(group.get("is_expert_parallel") for group in part.param_groups)
+            group = world.groups.tp_ep_pp if holds_experts else world.groups.mp
+            ranks = group.size() // num_processes  # of one stage, which follow each other
+            part.data_parallel_group_idx = world.place.rank() * ranks + part.data_parallel_group_idx % ranks
 
 
 def build_data_iterators(build: Callable[..., Any], stages: list[Stage], provider: Any) -> tuple[Any, Any, Any]:
@@ -255,12 +270,13 @@ def forward_only(
 
 
 def generate_state_dict(
-    original: Callable[..., dict[str, Any]], stages: list[Stage], args: argparse.Namespace, **named: Any
+    original: Callable[..., dict[str, Any]], stages: list[Stage], args: argparse.Namespace, is_loading: bool, **named: Any
 ) -> dict[str, Any]:
     """The state of ``stages`` for one checkpoint. Tensors carry their global names, so it is the one N processes write.
 
     The first of ``stages`` has the usual names, and what is not a tensor is its alone, as with processes; the others'
-    state stands under names of their own, which a checkpoint of tensors does not keep.
+    state stands under names of their own, which a checkpoint of tensors does not keep. To be saved, a tied embedding is
+    there once: Megatron shares the writing out among processes by global names and places.
     """
     from megatron.training.checkpointing import get_rng_state
 
@@ -271,5 +287,19 @@ def generate_state_dict(
             rng_state = get_rng_state(args.ckpt_format, groups.tp, groups.pp, groups.dp_cp, groups.dp)
             model = unwrap_model([stage.model])
             state = original(args, model, stage.optimizer, stage.scheduler, rng_state, **named)
+        if merged and not is_loading:
+            state = _without_copies(state, merged)
         merged = state if not merged else {**merged, f"stage{stage.stage_index}": state}
     return merged
+
+
+def _without_copies(state: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """``state`` without the tensors that stand at a place where ``written`` has one, as a tied embedding does."""
+    taken = {_place_of(value) for value in nested_values(written)} - {None}
+    new, _ = extract_matching_values(state, lambda value: _place_of(value) not in taken)
+    return dict(new)
+
+
+def _place_of(value: Any) -> tuple[str, tuple[int, ...]] | None:
+    """Where in a checkpoint ``value`` stands; None if it is no tensor of one."""
+    return (value.key, value.global_offset) if isinstance(value, ShardedTensor) else None

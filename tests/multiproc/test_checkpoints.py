@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tests.support import interruptions
-from tests.support.helpers import PACI, GetPool, arguments, assert_same_bits, assert_same_weights, emulated, slow
+from tests.support.helpers import (
+    PACI,
+    GetPool,
+    arguments,
+    assert_same_bits,
+    assert_same_weights,
+    emulated,
+    slow,
+    without,
+)
 from tests.support.jobs import TrainingResult
 from tests.support.pool import JobError
 
@@ -87,6 +96,22 @@ def test_stopped_and_resumed_is_never_stopped(
     assert {result.exit_code for result in stopped} == {0}
     assert stopped[-1].losses == whole[-1].losses[:6]
     assert_is_the_rest_of(whole, workers.run("train", argv=argv), iteration=6)
+
+
+@pytest.mark.parametrize("emulates", [True, *slow((False,), ids=("v",))])
+def test_several_stages_of_a_process_with_a_tied_embedding_and_shared_optimizer_states(
+    pool: GetPool, corpus: str, tmp_path: Path, emulates: bool
+) -> None:
+    """Emulated ones are saved as by processes of their own."""
+    argv = nine_iterations(corpus, 2, *DISTRIBUTED_OPTIMIZER, "--pipeline-schedule", "paci" if emulates else "paci-v", dp=2)
+    argv.remove("--untie-embeddings-and-output-weights")
+    argv = [*argv, *at(tmp_path), "--ckpt-step", "6"]
+    workers, several = (pool(2), emulated(argv)) if emulates else (pool(4), argv)
+    whole = workers.run("train", argv=without(several, "--ckpt-step"))
+    resumed = workers.run("train", argv=several)
+    assert [result.losses for result in resumed] == [result.losses[6:] for result in whole]
+    if emulates:
+        assert pool(4).run("train", argv=argv)[-1].losses == whole[-1].losses[6:]
 
 
 @pytest.mark.parametrize(
