@@ -17,9 +17,10 @@ from .slack import cheapest_slack
 WORTHWHILE = 0.05
 """A smaller gain is not worth another optimization than the synchronous one."""
 
-DRIFT_COST = {1: (0.007, 0.51), 2: (0.013, 1.09)}
+DRIFT_COST = {1: (0.007, 0.51, 0.011), 2: (0.013, 1.00, 0.063)}
 """What drift of at most so many updates cost with Adam at the lowest learning rate that was measured, and each schedule at
-its own best one in 320 updates, in perplexity after the same tokens: ``docs/results.md``, eight stages, B = 32."""
+its own best one in 320 updates, with Adam and with Muon and a look-ahead, in perplexity after the same tokens:
+``docs/results.md``, eight stages, B = 32."""
 
 COMPARABLE_MEMORY = 1.5
 """A synchronous schedule is an alternative to PACI if it holds at most so many times its activations."""
@@ -185,12 +186,12 @@ def _drift_cost(drift: int) -> list[str]:
     if drift == 0:
         return []
     measured = min(drift, max(DRIFT_COST))
-    least, most = DRIFT_COST[measured]
+    least, most, remedied = DRIFT_COST[measured]
     beyond = f" A drift of up to {drift} costs more." if drift > measured else ""
     return [
         f"With Adam a drift of up to {measured} update{'s' * (measured > 1)} cost {least:.1%} of perplexity at a low "
         f"learning rate, and {most:.0%} at each schedule's best one in very short runs of a small model (docs/results.md); "
-        f"Muon and --paci-look-ahead cost far less.{beyond} Compare both schedules at your rate."
+        f"there {remedied:.0%} with --optimizer muon and --paci-look-ahead.{beyond} Compare both schedules at your rate."
     ]
 
 
