@@ -23,7 +23,7 @@ DESCRIPTION = "Trains the paper's study, or the same in small, and reports it wi
 EPILOG = """\
 sets:
   small        8 stages emulated in one process, a GPT of 2M parameters: flush and PACI, a in {4, 8, 16}, two batches,
-               three seeds; a in {1, 2} with and without clipping; recomputation; remedies. Times are computed by the simulator.
+               three seeds; a in {1, 2} with and without clipping; recomputation; remedies. Times are computed.
   best         the same model, B = 32, at rates from half to 128 times: each schedule at its own best; beta1, Muon
   paci-v       the same model, B = 32, on 4 stages: flush, PACI, and PACI-V with the same layers as 8 stages in a V
   processes    2 stages as 2 processes, measured time; needs a core or a GPU for each, and --jobs 1
