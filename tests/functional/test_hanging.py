@@ -22,16 +22,9 @@ STAGES = 3
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named_and_ends_the_job(tmp_path: Path) -> None:
     names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29431"}
-    options = (
-        "--mock-data",
-        "--pipeline-model-parallel-size",
-        "2",
-        "--pipeline-schedule",
-        "paci",
-        "--distributed-timeout-minutes",
-        "1",
-    )
-    command = [sys.executable, "-m", "pretrain_gpt_paci", *MODEL, "--num-layers", "2", "--train-iters", "2", *options]
+    options = ("--pipeline-model-parallel-size", "2", "--pipeline-schedule", "paci", "--distributed-timeout-minutes", "1")
+    model = [*MODEL, "--mock-data", "--num-layers", "2", "--train-iters", "2"]
+    command = [sys.executable, "-m", "pretrain_gpt_paci", *model, *options]
     environment = {**os.environ, **CPU_ENVIRONMENT, "PYTHONPATH": str(ROOT), **names}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     missing = "1 of 2 ranks have come to MASTER_ADDR 127.0.0.1, MASTER_PORT 29431, rank 1 not"
