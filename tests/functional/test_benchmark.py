@@ -42,6 +42,6 @@ def test_schedules_are_measured_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_training_that_fails_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
-    done = benchmark(output, "--schedules", "paci", "--", "--fp16")
+    done = benchmark(output, "--schedules", "paci", "--", "--paci-look-ahead")
     assert done.returncode == 1 and json.loads(output.read_text()) == []
-    assert "failed" in done.stderr and "--fp16 does not work with --pipeline-schedule paci" in done.stderr
+    assert "failed" in done.stderr and "--paci-look-ahead in fp32: the model" in done.stderr
