@@ -217,11 +217,13 @@ def memory_budget(text: str | None) -> tuple[int | None, int | None]:
     """What ``--paci-memory-budget`` says: micro-batches, or bytes; ``ConfigError`` if neither."""
     if text is None:
         return None, None
-    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
-    count, number, prefix, binary = found.groups() if found else ("0", None, None, None)
-    if number is None and int(count) > 0:
-        return int(count), None
-    size = int(float(number or 0) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
+    if text.isdecimal() and int(text) > 0:
+        return int(text), None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
     if size < 1:
         raise ConfigError(
             f"--paci-memory-budget {text}: must be a number of micro-batches, or of bytes, like 12GB or 12GiB."

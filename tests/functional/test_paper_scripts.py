@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -22,46 +21,13 @@ from lab.study.arms import SETS
 from lab.study.commands import placeholder_data, training_command
 from paci_megatron.schedule.schedules import max_drift, speedup_limit
 from paci_megatron.telemetry.metrics_file import read_metrics
+from tests.support.paper_scripts import EXAMPLES, PACI, PREPARE, ROOT, SLURM, TRAIN, Arm, bash, printed, value
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples/gpt"
-TRAIN, SLURM, PREPARE = (
-    EXAMPLES / name for name in ("pretrain_gpt2_medium.sh", "pretrain_gpt2_medium.slurm", "prepare_openwebtext.sh")
-)
 NUM_STAGES = 8
 PAPER_TOKENS = 49.8e9
 
 
-class Arm(NamedTuple):
-    """What selects an arm of the paper."""
-
-    schedule: str
-    global_batch: int
-    microbatches: int
-
-    def environment(self) -> dict[str, str]:
-        return dict(zip(("SCHEDULE", "GLOBAL_BATCH", "MICROBATCHES"), map(str, self), strict=True))
-
-    def __str__(self) -> str:
-        return f"{self.schedule}-b{self.global_batch}-a{self.microbatches}"
-
-
 ARMS = [Arm(*chosen) for chosen in itertools.product(("1f1b", "paci"), (128, 256), (4, 8, 16, 32))]
-PACI = Arm("paci", 128, 8)
-
-
-def bash(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` with no variables but these and the machine's own."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **kept, **variables}
-    return subprocess.run([str(script), *arguments], capture_output=True, text=True, env=environment, timeout=200)
-
-
-def printed(arm: Arm, *arguments: str, **variables: str) -> list[str]:
-    """The command that an arm would run."""
-    done = bash(TRAIN, *arguments, DRY_RUN="print", **arm.environment(), **variables)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
 
 
 def check(*commands: list[str]) -> tuple[int, list[str]]:
@@ -72,12 +38,6 @@ def check(*commands: list[str]) -> tuple[int, list[str]]:
     verdicts = [line for line in done.stdout.splitlines() if line.startswith(("ok: ", "error: "))]
     assert len(verdicts) == len(commands), done.stdout + done.stderr
     return done.returncode, verdicts
-
-
-def value(command: list[str], flag: str) -> str:
-    """The one value of a flag that must be there once."""
-    assert command.count(flag) == 1, flag
-    return command[command.index(flag) + 1]
 
 
 FLUSH = PACI._replace(schedule="1f1b")
@@ -300,72 +260,6 @@ def test_slurm_starts_one_launcher_on_each_node(tmp_path: Path) -> None:
     assert elsewhere.returncode == 2 and "must be the project's root" in elsewhere.stderr
     outside = bash(SLURM, **PACI.environment())
     assert outside.returncode == 2 and "must run in a Slurm job. Submit it with sbatch" in outside.stderr
-
-
-def test_preparing_prints_its_commands_in_a_dry_run(tmp_path: Path) -> None:
-    prefix = tmp_path / "owt"
-    by_name = bash(PREPARE, DRY_RUN="1", OUTPUT_PREFIX=str(prefix), WORKERS="5")
-    assert by_name.returncode == 0, by_name.stderr
-    # The first is a short program, over two lines.
-    assert "openai-community/gpt2" in by_name.stdout
-    command = shlex.split(by_name.stdout.splitlines()[-1])
-    assert value(command, "--input") == "Skylion007/openwebtext" and value(command, "--held-out-fraction") == "0.02"
-    assert "--append-eod" in command and value(command, "--workers") == "5"
-    assert value(command, "--vocab-file") == f"{tmp_path}/gpt2-bpe/vocab.json"
-    given = {"VOCAB_FILE": "v.json", "MERGE_FILE": "m.txt"}
-    copy = bash(PREPARE, "a copy/*.parquet", DRY_RUN="1", **given)
-    assert copy.stdout.count("\n") == 1, "nothing to fetch"
-    assert value(shlex.split(copy.stdout), "--input") == "a copy/*.parquet"
-    assert not any(tmp_path.iterdir())
-    for variables, message in (
-        ({"VOCAB_FILE": "v.json"}, "MERGE_FILE is not set: VOCAB_FILE=v.json needs"),
-        ({"DRY_RUN": "x"}, "DRY_RUN=x: must be 0 or 1."),
-    ):
-        done = bash(PREPARE, **{"DRY_RUN": "1", **variables})
-        assert done.returncode == 2 and done.stderr.startswith(f"prepare_openwebtext.sh: error: {message}"), done.stderr
-
-
-def test_prepared_data_is_what_training_reads_and_is_made_once(tmp_path: Path) -> None:
-    import numpy as np
-
-    corpus, prefix = tmp_path / "copy.jsonl", tmp_path / "owt"
-    corpus.write_text("".join(json.dumps({"text": "hello " * (1 + n % 5)}) + "\n" for n in range(200)))
-    vocab = {"<|endoftext|>": 10, **{piece: n for n, piece in enumerate(["h", "e", "l", "o", "Ġ", "he", "ll", "hell"])}}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n")
-    variables = {"VOCAB_FILE": f"{tmp_path}/vocab.json", "MERGE_FILE": f"{tmp_path}/merges.txt", "WORKERS": "1"}
-
-    def prepare(**more: str) -> subprocess.CompletedProcess[str]:
-        return bash(PREPARE, str(corpus), OUTPUT_PREFIX=str(prefix), **variables, **more)
-
-    done = prepare()
-    assert done.returncode == 0, done.stderr
-    stats = json.loads(Path(f"{prefix}_stats.json").read_text())
-    documents = {name: split["num_documents"] for name, split in stats["splits"].items()}
-    assert sum(documents.values()) == 200 and 1 <= documents["valid"] <= 12
-    for split, number in documents.items():
-        tokens = np.fromfile(f"{prefix}_{split}_document.bin", dtype=np.uint16)
-        assert tokens[-1] == 10 and np.count_nonzero(tokens == 10) == number, "each document ends with end-of-text"
-    # What training asks for by default is what is there.
-    command = printed(PACI, DATA_PREFIX=str(prefix))
-    for flag in ("--train-data-path", "--valid-data-path"):
-        assert Path(value(command, flag) + ".idx").is_file()
-    assert Path(value(command, "--tokenizer-model"), "vocab.json").is_file()
-
-    index_cache = Path(value(command, "--data-cache-path"))
-    index_cache.mkdir()
-    data = Path(f"{prefix}_train_document.bin")
-    before = data.stat().st_mtime_ns
-    again = prepare(WORKERS_ARE="ignored")
-    assert again.returncode == 0 and "already there" in again.stdout and data.stat().st_mtime_ns == before
-    other = prepare(SEED="5")
-    assert other.returncode == 2 and data.stat().st_mtime_ns == before
-    assert f"OUTPUT_PREFIX={prefix}: holds data made by" in other.stderr and "set FORCE=1" in other.stderr
-    assert index_cache.is_dir()
-    forced = prepare(SEED="5", FORCE="1")
-    assert forced.returncode == 0 and data.stat().st_mtime_ns != before, forced.stderr
-    assert not index_cache.exists(), "an index of the data before would be used for the new"
-    assert prepare(SEED="5").stdout.count("already there") == 1
 
 
 def test_the_readme_lists_every_arm_with_its_figures() -> None:
